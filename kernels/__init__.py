@@ -1,0 +1,1 @@
+"""Hot operations: each a reference in plain PyTorch behind one public function, the seam for a fused kernel."""

@@ -1,0 +1,1 @@
+"""How a run starts: command line, local ranks, torchrun, SLURM, DeepSpeed."""

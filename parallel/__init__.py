@@ -1,0 +1,1 @@
+"""How the work is spread: mesh, tensor-parallel layers, pipeline schedule, ZeRO engine."""

@@ -1,0 +1,1 @@
+"""What is trained and how: configuration, models, objectives, data, the training loop, checkpoints."""
