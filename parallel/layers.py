@@ -1,0 +1,240 @@
+"""The layers models are made of, split over the tensor group by megatron-core.
+
+Activations are [sequence, batch, features].  Every parameter carries a ``Logical`` (``sharding``); values are filled in
+by ``sharding.initialize`` once the model stands.  With a tensor group of one the products are plain ``linear``s, so a
+model on ``Mesh.solo()`` needs no process group.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.model_parallel_config import ModelParallelConfig
+from torch import Tensor, nn
+
+from ..kernels.layer_norm import dropout_add_layer_norm, layer_norm
+from .mesh import Axis, Mesh
+from .sharding import Logical
+
+PADDING_LOGIT = -1e30  # exp() of it is 0; -inf in fp16, which does as well
+VOCABULARY_MULTIPLE = 128  # per tensor rank: keeps every shard's matrix product aligned
+
+
+def _core_config(mesh: Mesh) -> ModelParallelConfig:
+    return ModelParallelConfig(
+        tensor_model_parallel_size=mesh.tensor.size,
+        use_cpu_initialization=True,  # allocated on the CPU, filled by sharding.initialize, then moved
+        perform_initialization=False,
+        params_dtype=torch.float32,
+    )
+
+
+def _describe(parameter: nn.Parameter, logical: Logical, *, split: bool) -> None:
+    parameter.logical = logical  # type: ignore[attr-defined]
+    # DeepSpeed counts a parameter on every tensor rank in the gradient norm only if it says that it is split.
+    parameter.tensor_model_parallel = split  # type: ignore[attr-defined]
+
+
+def require_divisible(what: str, value: int, by: int) -> None:
+    if value % by:
+        raise ValueError(
+            f"{what} ({value}) does not divide by the tensor size ({by}): set parallel.tensor to a divisor"
+        )
+
+
+class ColumnParallelLinear(tensor_parallel.ColumnParallelLinear):
+    """y = x Wᵀ + b with the output features split over the tensor group (arXiv 1909.08053, section 3).
+
+    ``parts``: how many equally shaped projections are stacked in it (3 for query, key and value): each is split by
+    itself, and the logical tensor is [parts, out/parts, in].  x: [s, b, in] → [s, b, out/tensor].
+    """
+
+    def __init__(self, mesh: Mesh, inputs: int, outputs: int, *, std: float, parts: int = 1) -> None:
+        require_divisible("output features", outputs // parts, mesh.tensor.size)
+        super().__init__(
+            inputs, outputs, config=_core_config(mesh), init_method=None, bias=True, gather_output=False,
+            tp_group=None if mesh.tensor.size == 1 else mesh.tensor.group,
+        )  # fmt: skip
+        self.tensor_size = mesh.tensor.size
+        head = (outputs,) if parts == 1 else (parts, outputs // parts)
+        _describe(self.weight, Logical((*head, inputs), dim=len(head) - 1, std=std), split=True)
+        _describe(self.bias, Logical(head, dim=len(head) - 1, decay=False), split=True)
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        if self.tensor_size == 1:
+            return F.linear(x, self.weight, self.bias)
+        return super().forward(x)[0]
+
+
+class RowParallelLinear(tensor_parallel.RowParallelLinear):
+    """y = x Wᵀ + b with the input features split over the tensor group.  x: [s, b, in/tensor] → [s, b, out]."""
+
+    def __init__(self, mesh: Mesh, inputs: int, outputs: int, *, std: float) -> None:
+        require_divisible("input features", inputs, mesh.tensor.size)
+        super().__init__(
+            inputs, outputs, config=_core_config(mesh), init_method=None, bias=True, input_is_parallel=True,
+            skip_bias_add=False, tp_group=None if mesh.tensor.size == 1 else mesh.tensor.group,
+        )  # fmt: skip
+        self.tensor_size = mesh.tensor.size
+        _describe(self.weight, Logical((outputs, inputs), dim=1, std=std), split=True)
+        _describe(self.bias, Logical((outputs,), decay=False), split=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        if self.tensor_size == 1:
+            return F.linear(x, self.weight, self.bias)
+        return super().forward(x)[0]
+
+
+class Linear(nn.Linear):
+    """A linear layer that every tensor rank holds whole."""
+
+    def __init__(self, inputs: int, outputs: int, *, std: float) -> None:
+        super().__init__(inputs, outputs)
+        _describe(self.weight, Logical((outputs, inputs), std=std), split=False)
+        _describe(self.bias, Logical((outputs,), decay=False), split=False)
+
+    def reset_parameters(self) -> None:
+        pass  # sharding.initialize fills it
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the features, held whole by every tensor rank."""
+
+    def __init__(self, features: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(features))
+        self.bias = nn.Parameter(torch.empty(features))
+        _describe(self.weight, Logical((features,), fill=1.0, decay=False), split=False)
+        _describe(self.bias, Logical((features,), decay=False), split=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+    def after_dropout_add(self, x: Tensor, residual: Tensor, p: float, keys: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(residual + dropout(x), its normalised form)."""
+        return dropout_add_layer_norm(x, residual, self.weight, self.bias, self.eps, p, keys)
+
+
+class Embedding(nn.Module):
+    """A table that every tensor rank holds whole.  A look-up of ``padding_index`` sends no gradient to its row."""
+
+    def __init__(self, rows: int, features: int, *, std: float, padding_index: int | None = None) -> None:
+        super().__init__()
+        self.padding_index = padding_index
+        self.weight = nn.Parameter(torch.empty(rows, features))
+        _describe(self.weight, Logical((rows, features), std=std, zero_row=padding_index), split=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.weight, padding_idx=self.padding_index)
+
+
+class VocabParallelEmbedding(tensor_parallel.VocabParallelEmbedding):
+    """The word embedding with its rows split over the tensor group; padded to ``VOCABULARY_MULTIPLE`` a rank.
+
+    ids: [s, b] int64 → [s, b, features].  A look-up of ``padding_index`` sends no gradient to its row.
+    """
+
+    def __init__(
+        self, mesh: Mesh, rows: int, features: int, *, std: float, padding_index: int | None, tied_to: str | None = None
+    ) -> None:
+        padded = padded_vocabulary(rows, mesh.tensor.size)
+        super().__init__(
+            padded, features, init_method=None, config=_core_config(mesh),
+            tp_group=None if mesh.tensor.size == 1 else mesh.tensor.group,
+        )  # fmt: skip
+        self.tensor_size, self.padding_index = mesh.tensor.size, padding_index
+        logical = Logical((rows, features), dim=0, padded=padded, std=std, zero_row=padding_index, tied_to=tied_to)
+        _describe(self.weight, logical, split=True)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if self.tensor_size == 1:
+            return F.embedding(ids, self.weight, padding_idx=self.padding_index)
+        x = super().forward(ids)
+        if self.padding_index is None:
+            return x
+        return torch.where((ids == self.padding_index).unsqueeze(-1), x.detach(), x)
+
+
+def padded_vocabulary(size: int, tensor: int) -> int:
+    multiple = VOCABULARY_MULTIPLE * tensor
+    return (size + multiple - 1) // multiple * multiple
+
+
+class VocabParallelHead(nn.Module):
+    """Logits over a vocabulary split over the tensor group, and the cross-entropy of them.
+
+    The weight [padded/tensor, features] is passed in (the word embedding's where the two are tied) or owned here; the
+    bias is always its own.  Padding entries of the vocabulary take no part.
+    """
+
+    def __init__(
+        self, mesh: Mesh, size: int, features: int, *, std: float, own_weight: bool, tied_to: str | None
+    ) -> None:
+        super().__init__()
+        self.axis, self.size = mesh.tensor, size
+        padded = padded_vocabulary(size, mesh.tensor.size)
+        self.part = padded // mesh.tensor.size
+        self.bias = nn.Parameter(torch.empty(self.part))
+        real = max(0, min(self.part, size - mesh.tensor.rank * self.part))  # entries here that are no padding
+        # Added to the bias rather than written into the logits: that would copy their gradient.
+        padding_bias = torch.zeros(self.part)
+        padding_bias[real:] = PADDING_LOGIT
+        self.register_buffer("padding_bias", padding_bias, persistent=False)
+        _describe(self.bias, Logical((size,), dim=0, padded=padded, decay=False), split=True)
+        self.weight: nn.Parameter | None = None
+        if own_weight:
+            self.weight = nn.Parameter(torch.empty(self.part, features))
+            logical = Logical((size, features), dim=0, padded=padded, std=std, tied_to=tied_to)
+            _describe(self.weight, logical, split=True)
+
+    def local_logits(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x: [..., features] → this rank's logits [..., padded/tensor], padding at PADDING_LOGIT."""
+        if self.axis.size > 1:
+            x = tensor_parallel.copy_to_tensor_model_parallel_region(x, group=self.axis.group)
+        return F.linear(x, weight, self.bias + self.padding_bias)
+
+    def logits(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x: [..., features] → the logits of the whole vocabulary, [..., size]."""
+        logits = self.local_logits(x, weight)
+        if self.axis.size > 1:
+            logits = tensor_parallel.gather_from_tensor_model_parallel_region(logits, group=self.axis.group)
+        return logits[..., : self.size]
+
+    def loss(self, x: Tensor, weight: Tensor, labels: Tensor, *, count_correct: bool) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of every row in nats, float32, and whether the label has the largest logit (else zeros).
+
+        x: [n, features]; labels: [n] int64 in the vocabulary.  Returns two [n] float32 tensors.
+        """
+        logits = self.local_logits(x, weight).float()
+        correct = self._correct(logits.detach(), labels) if count_correct else logits.new_zeros(len(labels))
+        if self.axis.size == 1:
+            return F.cross_entropy(logits, labels, reduction="none"), correct
+        losses = tensor_parallel.vocab_parallel_cross_entropy(logits.unsqueeze(0).contiguous(), labels.unsqueeze(0))
+        return losses[0], correct
+
+    def _correct(self, logits: Tensor, labels: Tensor) -> Tensor:
+        best, index = logits.max(-1)
+        if self.axis.size > 1:
+            best = all_reduce(best.clone(), self.axis, dist.ReduceOp.MAX)
+        owner = labels - self.axis.rank * self.part == index
+        here = (owner & (logits.gather(-1, index.unsqueeze(-1)).squeeze(-1) == best)).float()
+        return all_reduce(here, self.axis)
+
+
+def copy_to_tensor_region(x: Tensor, axis: Axis) -> Tensor:
+    """The identity, whose gradient is summed over the tensor group: for what each rank uses a part of."""
+    if axis.size == 1:
+        return x
+    return tensor_parallel.copy_to_tensor_model_parallel_region(x, group=axis.group)
+
+
+def all_reduce(x: Tensor, axis: Axis, op: Any = dist.ReduceOp.SUM) -> Tensor:
+    """In place over the ranks of an axis; nothing to do for one."""
+    if axis.size > 1:
+        dist.all_reduce(x, op=op, group=axis.group)
+    return x

@@ -1,0 +1,137 @@
+"""The mesh: tensor, pipeline and data sizes, this rank's place on each axis, and the process groups.
+
+Ranks are ordered as megatron-core orders them (tensor fastest, then data, then pipeline).  The mesh is built once and
+passed explicitly; nothing but this module, ``pipeline`` and ``engine`` looks at megatron-core's global state.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class SoloGroup:
+    """Stands for a process group of one where torch.distributed is not initialised."""
+
+    def size(self) -> int:
+        return 1
+
+    def rank(self) -> int:
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """One axis of the mesh: this rank's index on it, its length, and the ranks along it."""
+
+    rank: int
+    size: int
+    group: Any  # a torch.distributed process group, or a SoloGroup
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def last(self) -> bool:
+        return self.rank == self.size - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """Where this rank stands.  ``embedding`` holds the first and last pipeline stages (they share the tied embedding);
+    ``model`` is the tensor × pipeline group of one data rank."""
+
+    tensor: Axis
+    pipeline: Axis
+    data: Axis
+    model: Axis
+    embedding: Any
+    device: torch.device
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank() if dist.is_initialized() else 0
+
+    @property
+    def size(self) -> int:
+        return self.tensor.size * self.pipeline.size * self.data.size
+
+    @property
+    def is_writer(self) -> bool:
+        """True on the one rank that owns console, metrics and manifests: the first of the last stage has the losses."""
+        return self.rank == 0
+
+    def describe(self) -> str:
+        return f"tensor {self.tensor.size} × pipeline {self.pipeline.size} × data {self.data.size}"
+
+    @staticmethod
+    def solo(device: torch.device | str = "cpu") -> Mesh:
+        """One process, no process groups: what ``farspan.load`` and conversion use."""
+        axis = Axis(0, 1, SoloGroup())
+        return Mesh(axis, axis, axis, axis, axis.group, torch.device(device))
+
+    @staticmethod
+    def create(tensor: int, pipeline: int, *, device: torch.device, timeout_seconds: float = 1800.0) -> Mesh:
+        """Start torch.distributed from the environment (env://) and build the groups; collective over all ranks.
+
+        Raises ValueError where tensor × pipeline does not divide the number of ranks.
+        """
+        from megatron.core import parallel_state
+
+        if not dist.is_initialized():
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+            dist.init_process_group(
+                backend="nccl" if device.type == "cuda" else "gloo",
+                init_method="env://",
+                timeout=datetime.timedelta(seconds=timeout_seconds),
+            )
+        world = dist.get_world_size()
+        if world % (tensor * pipeline):
+            raise ValueError(
+                f"{world} ranks do not divide by tensor {tensor} × pipeline {pipeline}: "
+                "set parallel.tensor and parallel.pipeline, or start another number of ranks"
+            )
+        if parallel_state.model_parallel_is_initialized():
+            parallel_state.destroy_model_parallel()
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline
+        )
+        mesh = Mesh(
+            tensor=_axis(parallel_state.get_tensor_model_parallel_group()),
+            pipeline=_axis(parallel_state.get_pipeline_model_parallel_group()),
+            data=_axis(parallel_state.get_data_parallel_group()),
+            model=_axis(parallel_state.get_model_parallel_group()),
+            embedding=parallel_state.get_embedding_group(check_initialized=False),
+            device=device,
+        )
+        expected = mesh.tensor.rank + tensor * (mesh.data.rank + mesh.data.size * mesh.pipeline.rank)
+        assert dist.get_rank() == expected, "megatron-core orders ranks as tensor, data, pipeline"
+        return mesh
+
+    def destroy(self) -> None:
+        """Leave the process groups; nothing collective may follow."""
+        from megatron.core import parallel_state
+
+        if dist.is_initialized():
+            parallel_state.destroy_model_parallel()
+            dist.destroy_process_group()
+
+
+def _axis(group: Any) -> Axis:
+    return Axis(dist.get_rank(group), dist.get_world_size(group), group)
+
+
+def local_device(local_rank: int) -> torch.device:
+    """The GPU of this local rank where there is one, else the CPU."""
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        if local_rank >= count:
+            raise ValueError(f"local rank {local_rank} has no GPU of its own: this node has {count}; start fewer ranks")
+        return torch.device("cuda", local_rank)
+    return torch.device("cpu")

@@ -1,0 +1,238 @@
+"""To and from Hugging Face: a table of keys per architecture, exact both ways, on one CPU whatever the run's layout.
+
+Logical tensors are the same numbers under other names, or several Hugging Face tensors stacked (query, key, value), so
+nothing is computed and nothing rounded.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..parallel.mesh import Mesh
+from . import checkpoint as ckpt
+from .files import read_json, sync, write_json
+from .models import architecture
+from .models.base import LanguageModel, ModelConfig, Stage
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt",
+    "added_tokens.json", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model",
+)  # fmt: skip
+# Buffers that older files carry, and a pooler that no head here reads.
+_IGNORED = re.compile(r"(\w+\.)?(embeddings\.(position_ids|token_type_ids)|pooler\.dense\.(weight|bias))")
+_DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+class HuggingFaceFolder:
+    """A folder with config.json and weights in safetensors (one file or sharded) or a PyTorch state dict."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config: dict[str, Any] = read_json(folder / "config.json", "a Hugging Face model folder")
+        self._read: dict[str, Callable[[], Tensor]] = {}
+        index = folder / "model.safetensors.index.json"
+        if index.is_file():
+            names = sorted(set(read_json(index, "a safetensors index")["weight_map"].values()))
+        else:
+            names = ["model.safetensors"]
+        if all((folder / name).is_file() for name in names):
+            for name in names:
+                self._add_safetensors(folder / name)
+        elif (folder / "pytorch_model.bin").is_file():
+            state = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True, mmap=True)
+            self._read = {key: (lambda value=value: value) for key, value in state.items()}  # type: ignore[misc]
+        else:
+            raise ValueError(f"{folder} has no weights: {', '.join(names)} or pytorch_model.bin is needed")
+
+    def _add_safetensors(self, path: Path) -> None:
+        try:
+            handle = safe_open(path, framework="pt")
+        except Exception as error:  # safetensors has an exception class of its own
+            raise ValueError(f"{path} is damaged ({error})") from None
+        for key in handle.keys():  # noqa: SIM118 (not a dict)
+            self._read[key] = lambda key=key: handle.get_tensor(key)  # type: ignore[misc]
+
+    def keys(self) -> set[str]:
+        return set(self._read)
+
+    def tensor(self, key: str) -> Tensor:
+        return self._read[key]()
+
+    def model(self) -> tuple[type[LanguageModel], ModelConfig, tuple[str, ...]]:
+        """The architecture, its configuration and the heads that the folder has tensors for."""
+        cls = architecture(self.config.get("model_type", ""))
+        for field, allowed in (("add_cross_attention", (False, None)), ("pruned_heads", ({}, None))):
+            if self.config.get(field) not in allowed:
+                raise ValueError(f"{self.folder}/config.json sets {field}, which no pretraining objective here uses")
+        fields = {name: self.config[name] for name in cls.config_class.model_fields if name in self.config}
+        if self.config.get("pad_token_id", "missing") is None:
+            fields["pad_token_id"] = None
+        config = cls.config_class(**fields)
+        for heads in (("lm", "nsp"), ("lm",), ("nsp",), ()):
+            if not set(heads) <= set(cls.heads_allowed):
+                continue
+            needed = {key for keys in cls.huggingface_keys(config, heads).values() for key in keys}
+            if needed <= self.keys():
+                self._refuse_unknown(needed | set(cls.huggingface_aliases(config, heads)))
+                return cls, config, heads
+        missing = sorted({k for ks in cls.huggingface_keys(config, ()).values() for k in ks} - self.keys())
+        shown = ", ".join(missing[:3])
+        raise ValueError(f"{self.folder} lacks tensors of a {cls.name} model of this config.json, such as {shown}")
+
+    def _refuse_unknown(self, needed: set[str]) -> None:
+        unknown = sorted(k for k in self.keys() - needed if not _IGNORED.fullmatch(k))
+        if unknown:
+            raise ValueError(
+                f"{self.folder} has {len(unknown)} tensors that this config.json does not account for, "
+                f"such as {unknown[0]}: importing would drop them"
+            )
+
+
+def logical_tensor(read: Callable[[str], Tensor], keys: tuple[str, ...]) -> Tensor:
+    """One logical tensor from its Hugging Face tensors."""
+    return read(keys[0]) if len(keys) == 1 else torch.stack([read(key) for key in keys])
+
+
+def huggingface_tensors(logical: Tensor, keys: tuple[str, ...]) -> dict[str, Tensor]:
+    """The Hugging Face tensors of one logical tensor."""
+    return {keys[0]: logical} if len(keys) == 1 else dict(zip(keys, logical.unbind(0), strict=True))
+
+
+def rename(tensors: Mapping[str, Tensor], keys: Mapping[str, tuple[str, ...]]) -> dict[str, Tensor]:
+    """{logical name: tensor} under Hugging Face's names (weights or gradients)."""
+    return {k: t for name, value in tensors.items() for k, t in huggingface_tensors(value, keys[name]).items()}
+
+
+def build(cls: type[LanguageModel], config: ModelConfig, heads: tuple[str, ...]) -> LanguageModel:
+    """The whole model on one CPU process, its parameters not yet filled."""
+    return cls(config, Mesh.solo(), stage=Stage.whole(config), heads=heads)
+
+
+def export_config(
+    cls: type[LanguageModel], config: ModelConfig, heads: tuple[str, ...], source: Mapping[str, Any], dtype: torch.dtype
+) -> dict[str, Any]:
+    """The config.json of an export: ours over the fields of the folder it came from, if it came from one."""
+    fields = dict(source)
+    for name, value in config.model_dump().items():
+        if value is not None or name in fields:
+            fields[name] = value
+    fields.setdefault("architectures", [cls.huggingface_class(heads, config)])
+    fields["torch_dtype"] = _DTYPE_NAMES[dtype]
+    fields.pop("dtype", None)
+    return fields
+
+
+def to_huggingface(checkpoint: str | Path, out: str | Path, dtype: str | None = None) -> None:
+    """Write a checkpoint as a Hugging Face folder: config.json, model.safetensors, tokenizer files.
+
+    ``checkpoint``: a step folder, or a run (its latest).  ``dtype``: float32, bfloat16 or float16; as saved by default.
+    ``out`` must not exist, or be empty; it appears whole or not at all.
+    """
+    folder, target = ckpt.find(Path(checkpoint)), Path(out)
+    reader = ckpt.Reader(folder)
+    cls, config, heads = model_of(reader.manifest)
+    keys = cls.huggingface_keys(config, heads)
+    cast = _dtype(dtype) if dtype else None
+    tensors: dict[str, Tensor] = {}
+    for name, names in keys.items():
+        value = reader.tensor(name)
+        tensors |= huggingface_tensors(value if cast is None else value.to(cast), names)
+    for alias in _exported_aliases(cls, config, heads, reader.manifest.huggingface):
+        tensors[alias] = tensors[cls.huggingface_aliases(config, heads)[alias]].clone()
+    kind = next(iter(tensors.values())).dtype
+    origin = reader.manifest.huggingface.get("config", {})
+    with _folder(target) as beside:
+        save_file(
+            {k: t.contiguous() for k, t in tensors.items()}, beside / "model.safetensors", metadata={"format": "pt"}
+        )
+        sync(beside / "model.safetensors")
+        write_json(beside / "config.json", export_config(cls, config, heads, origin, kind))
+        _copy_tokenizer(folder / "tokenizer", beside)
+
+
+def from_huggingface(folder: str | Path, out: str | Path) -> None:
+    """Write a Hugging Face folder as a checkpoint of weights, to convert back or to start from
+    (``checkpoint.initialize_from``).  ``out`` must not exist, or be empty."""
+    source = HuggingFaceFolder(Path(folder))
+    cls, config, heads = source.model()
+    keys = cls.huggingface_keys(config, heads)
+    tensors = {name: logical_tensor(source.tensor, names) for name, names in keys.items()}
+    entries = {
+        name: {"shape": list(t.shape), "dim": None, "shards": [{"file": "weights-t00-p00.safetensors"}]}
+        for name, t in tensors.items()
+    }
+    with _folder(Path(out)) as beside:
+        ckpt.write_tensors(beside / "weights-t00-p00.safetensors", tensors)
+        if any((source.folder / name).is_file() for name in TOKENIZER_FILES):
+            (beside / "tokenizer").mkdir()
+            _copy_tokenizer(source.folder, beside / "tokenizer")
+        aliases = sorted(source.keys() & set(cls.huggingface_aliases(config, heads)))
+        origin = {"config": source.config, "aliases": aliases}
+        manifest = ckpt.Manifest(0, config.model_dump(), heads, entries, huggingface=origin)
+        manifest.write(beside)
+
+
+def model_of(manifest: ckpt.Manifest) -> tuple[type[LanguageModel], ModelConfig, tuple[str, ...]]:
+    """Architecture, configuration and heads of a checkpoint."""
+    cls = architecture(manifest.model.get("model_type", ""))
+    return cls, cls.config_class(**manifest.model), manifest.heads
+
+
+class _folder:
+    """A new folder that appears whole under its name, or not at all."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+        self.beside = target.with_name(f".{target.name}.tmp")
+
+    def __enter__(self) -> Path:
+        if self.target.exists() and (not self.target.is_dir() or any(self.target.iterdir())):
+            raise ValueError(f"{self.target} exists and is not empty: give a new folder, nothing is overwritten")
+        self.target.parent.mkdir(parents=True, exist_ok=True)
+        if self.beside.exists():
+            shutil.rmtree(self.beside)
+        self.beside.mkdir()
+        return self.beside
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if kind is not None:
+            shutil.rmtree(self.beside, ignore_errors=True)
+            return
+        sync(self.beside)
+        if self.target.exists():
+            self.target.rmdir()
+        self.beside.replace(self.target)
+        sync(self.target.parent)
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+            sync(target / name)
+
+
+def _dtype(name: str) -> torch.dtype:
+    names = {text: dtype for dtype, text in _DTYPE_NAMES.items()}
+    if name not in names:
+        raise ValueError(f"dtype {name!r} is unknown: choose one of {', '.join(names)}")
+    return names[name]
+
+
+def _exported_aliases(
+    cls: type[LanguageModel], config: ModelConfig, heads: tuple[str, ...], origin: Mapping[str, Any]
+) -> list[str]:
+    """Which second names an export carries: those of the folder it came from; for a model trained here none, but for
+    untied embeddings, where transformers 5 reads the decoder's own bias and 4 the head's."""
+    if origin:
+        return list(origin["aliases"])
+    return [] if config.tie_word_embeddings else list(cls.huggingface_aliases(config, heads))

@@ -1,0 +1,130 @@
+"""``farspan.load``: a ready model in one process, from a checkpoint or a Hugging Face folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..parallel.sharding import logical_of
+from . import checkpoint as ckpt
+from .batch import Batch
+from .huggingface import HuggingFaceFolder, build, logical_tensor, model_of, rename
+from .models.base import LanguageModel, ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """What a loaded model returns.  ``loss`` only where labels were given: the sum of the heads' means over labels that
+    are not -100, as Hugging Face's classes compute it (causal models shift the labels by one)."""
+
+    logits: Tensor | None  # [batch, sequence, vocabulary]
+    last_hidden_state: Tensor  # [batch, sequence, hidden]
+    seq_relationship_logits: Tensor | None = None  # [batch, 2]
+    loss: Tensor | None = None
+
+
+class LoadedModel(nn.Module):
+    """A whole model in one process, in evaluation mode.
+
+    ``model.config`` is its configuration; ``model.network`` the module it runs.
+    """
+
+    def __init__(self, network: LanguageModel) -> None:
+        super().__init__()
+        self.network = network
+        self.eval()
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.network.config
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        *,
+        labels: Tensor | None = None,
+        next_sentence_label: Tensor | None = None,
+    ) -> Output:
+        """input_ids, attention_mask (1 real, 0 padding), token_type_ids, labels: [batch, sequence] int64;
+        next_sentence_label: [batch] int64.  ValueError for a sequence longer than the model's positions."""
+        batch = self._batch(input_ids, attention_mask, token_type_ids)
+        results = self.network(batch, output="logits")
+        logits, sentence = results.get("logits"), results.get("seq_relationship_logits")
+        loss = self._loss(logits, sentence, labels, next_sentence_label)
+        return Output(logits, results["last_hidden_state"], sentence, loss)
+
+    def huggingface_state(self) -> dict[str, Tensor]:
+        """The parameters under Hugging Face's names."""
+        return self._renamed({name: p.detach() for name, p in self.network.named_parameters()})
+
+    def huggingface_gradients(self) -> dict[str, Tensor]:
+        """The gradients of a backward pass under Hugging Face's names; parameters without one are left out."""
+        return self._renamed({name: p.grad for name, p in self.network.named_parameters() if p.grad is not None})
+
+    def _renamed(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        logical = {name: logical_of(p) for name, p in self.network.named_parameters()}
+        keys = self.network.huggingface_keys(self.config, self.network.heads)
+        return rename({name: logical[name].merge([value]) for name, value in values.items()}, keys)
+
+    def _batch(self, input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None) -> Batch:
+        b, s = input_ids.shape
+        if s > self.config.longest_sequence:
+            raise ValueError(f"{s} tokens a row: this model has positions for {self.config.longest_sequence}")
+        documents = torch.ones_like(input_ids) if attention_mask is None else (attention_mask != 0).long()
+        batch = Batch(
+            input_ids=input_ids,
+            document_ids=documents,
+            positions=torch.arange(s, device=input_ids.device).expand(b, s),
+            token_type_ids=torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids,
+            sample_ids=torch.zeros(b, dtype=torch.int64, device=input_ids.device),
+            attention="full" if attention_mask is None or bool(attention_mask.all()) else "padding",
+            labels=input_ids[:, :0],
+            label_weights=torch.zeros(b, 0, device=input_ids.device),
+        )
+        return self.network.huggingface_batch(self.config, batch)
+
+    def _loss(
+        self, logits: Tensor | None, sentence: Tensor | None, labels: Tensor | None, next_sentence: Tensor | None
+    ) -> Tensor | None:
+        loss: Tensor | None = None
+        if labels is not None and logits is not None:
+            if self.config.is_decoder:
+                logits, labels = logits[:, :-1], labels[:, 1:]
+            loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        if next_sentence is not None and sentence is not None:
+            extra = F.cross_entropy(sentence, next_sentence)
+            loss = extra if loss is None else loss + extra
+        return loss
+
+
+def load(path: str | Path, *, device: torch.device | str = "cpu") -> LoadedModel:
+    """A ready single-process model from a Farspan checkpoint (or run folder: its latest) or a Hugging Face folder.
+
+    ``model(input_ids, attention_mask=None, token_type_ids=None)`` returns an ``Output`` with ``.logits`` [batch,
+    sequence, vocabulary] (and ``.seq_relationship_logits`` [batch, 2] where there is such a head).  float32, evaluation
+    mode, parameters require gradients.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder: give a checkpoint, a run or a Hugging Face model folder")
+    if (folder / "config.json").is_file():
+        source = HuggingFaceFolder(folder)
+        cls, config, heads = source.model()
+        keys = cls.huggingface_keys(config, heads)
+        read = lambda name: logical_tensor(source.tensor, keys[name])  # noqa: E731
+    else:
+        reader = ckpt.Reader(ckpt.find(folder))
+        cls, config, heads = model_of(reader.manifest)
+        read = reader.tensor
+    network = build(cls, config, heads)
+    axis = network.mesh.tensor
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            parameter.copy_(parameter.logical.slice(read(name), axis, parameter.shape))  # type: ignore[attr-defined]
+    return LoadedModel(network.to(device))

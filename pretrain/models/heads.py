@@ -1,0 +1,63 @@
+"""Heads: what turns the last hidden states into predictions."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...kernels.activation import ACTIVATIONS
+from ...parallel.layers import LayerNorm, Linear, VocabParallelHead
+from ...parallel.mesh import Mesh
+
+if TYPE_CHECKING:
+    from .base import ModelConfig
+
+
+class LanguageModelHead(nn.Module):
+    """Dense, activation, norm, then the (usually tied) word embedding as output weight, plus a bias a token
+    (arXiv 1810.04805, as released)."""
+
+    def __init__(
+        self, config: ModelConfig, mesh: Mesh, activation: str, *, own_weight: bool, tied_to: str | None
+    ) -> None:
+        super().__init__()
+        h, std = config.hidden_size, config.initializer_range
+        self.dense = Linear(h, h, std=std)
+        self.activation = ACTIVATIONS[activation]
+        self.norm = LayerNorm(h, config.layer_norm_eps)
+        self.decoder = VocabParallelHead(mesh, config.vocab_size, h, std=std, own_weight=own_weight, tied_to=tied_to)
+
+    def transform(self, hidden: Tensor) -> Tensor:
+        return self.norm(self.activation(self.dense(hidden)))
+
+    def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """hidden: [..., h] → [..., v]."""
+        return self.decoder.logits(self.transform(hidden), weight)
+
+    def loss(self, hidden: Tensor, weight: Tensor, labels: Tensor, *, count_correct: bool) -> tuple[Tensor, Tensor]:
+        """hidden: [n, h], labels: [n] → cross-entropy in nats and 1 where the label is the best guess, each [n]."""
+        return self.decoder.loss(self.transform(hidden), weight, labels, count_correct=count_correct)
+
+
+class SentenceHead(nn.Module):
+    """Pooler (dense and tanh on the first token) and a two-way classifier (arXiv 1810.04805, section 3.1, task 2)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        h, std = config.hidden_size, config.initializer_range
+        self.pooler = Linear(h, h, std=std)
+        self.classifier = Linear(h, 2, std=std)
+
+    def forward(self, first: Tensor) -> Tensor:
+        """first: [b, h], the hidden state of the first token → [b, 2]."""
+        return self.classifier(torch.tanh(self.pooler(first)))
+
+    def loss(self, first: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self(first).float()
+        return {
+            "sentence_losses": F.cross_entropy(logits, labels, reduction="none"),
+            "sentence_correct": (logits.detach().argmax(-1) == labels).float(),
+        }

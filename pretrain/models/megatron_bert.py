@@ -1,0 +1,76 @@
+"""Megatron-BERT (arXiv 1909.08053, section 5.3): BERT with norms before the branches and none on the embeddings."""
+
+from __future__ import annotations
+
+from .base import HuggingFaceKeys, LanguageModel, ModelConfig, layer_keys
+from .transformer import (
+    PreNormLayer,
+    TransformerConfig,
+    embedding_keys,
+    transformer_flops_per_row,
+    transformer_keys,
+)
+
+
+class MegatronBertConfig(TransformerConfig):
+    """Fields and defaults of Hugging Face's MegatronBertConfig."""
+
+    model_type: str = "megatron-bert"
+    hidden_size: int = 1024
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    intermediate_size: int = 4096
+    pad_token_id: int | None = 0
+
+
+class MegatronBert(LanguageModel):
+    name = "megatron-bert"
+    config_class = MegatronBertConfig
+    heads_allowed = ("lm", "nsp")
+    config: MegatronBertConfig
+
+    def make_layer(self, index: int) -> PreNormLayer:
+        return PreNormLayer(self.config, self.mesh, index)
+
+    def uses_position_table(self) -> bool:
+        return self.config.position_embedding_type == "absolute"
+
+    @classmethod
+    def huggingface_keys(cls, config: MegatronBertConfig, heads: tuple[str, ...]) -> HuggingFaceKeys:  # type: ignore[override]
+        prefix = "bert." if heads else ""
+        keys = embedding_keys(prefix)
+        for i in range(config.num_hidden_layers):
+            keys |= transformer_keys(config, i, f"{prefix}encoder.layer.{i}", norms=("attention.ln", "ln"))
+        keys |= layer_keys("final_norm", f"{prefix}encoder.ln")
+        if "lm" in heads:
+            transform = "cls.predictions.transform"
+            keys |= layer_keys("lm_head.dense", f"{transform}.dense")
+            keys |= layer_keys("lm_head.norm", f"{transform}.LayerNorm")
+            keys["lm_head.decoder.bias"] = ("cls.predictions.bias",)
+            if not config.tie_word_embeddings:
+                keys["lm_head.decoder.weight"] = ("cls.predictions.decoder.weight",)
+        if "nsp" in heads:
+            keys |= layer_keys("sentence_head.pooler", f"{prefix}pooler.dense")
+            keys |= layer_keys("sentence_head.classifier", "cls.seq_relationship")
+        return keys
+
+    @classmethod
+    def huggingface_aliases(cls, config: ModelConfig, heads: tuple[str, ...]) -> dict[str, str]:
+        if "lm" not in heads:
+            return {}
+        aliases = {"cls.predictions.decoder.bias": "cls.predictions.bias"}
+        if config.tie_word_embeddings:
+            aliases["cls.predictions.decoder.weight"] = "bert.embeddings.word_embeddings.weight"
+        return aliases
+
+    @classmethod
+    def huggingface_class(cls, heads: tuple[str, ...], config: ModelConfig) -> str:
+        if heads == ("lm",):
+            return "MegatronBertForCausalLM" if config.is_decoder else "MegatronBertForMaskedLM"
+        names = {(): "MegatronBertModel", ("nsp",): "MegatronBertForNextSentencePrediction"}
+        return names.get(heads, "MegatronBertForPreTraining")
+
+    @classmethod
+    def flops_per_row(cls, config: ModelConfig, length: int, predictions: int) -> float:
+        assert isinstance(config, TransformerConfig)
+        return transformer_flops_per_row(config, length, predictions)

@@ -1,0 +1,100 @@
+"""RoBERTa-PreLayerNorm: RoBERTa (arXiv 1907.11692) with the norms before the branches (arXiv 1806.00187; 2202.08005)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from ..batch import Batch
+from .base import HuggingFaceKeys, LanguageModel, ModelConfig, layer_keys
+from .transformer import (
+    PreNormLayer,
+    TransformerConfig,
+    embedding_keys,
+    transformer_flops_per_row,
+    transformer_keys,
+)
+
+
+class RobertaPreLayerNormConfig(TransformerConfig):
+    """Fields and defaults of Hugging Face's RobertaPreLayerNormConfig."""
+
+    model_type: str = "roberta-prelayernorm"
+    pad_token_id: int | None = 1
+    bos_token_id: int | None = 0
+    eos_token_id: int | None = 2
+
+    @property
+    def position_padding_index(self) -> int | None:
+        return self.pad_token_id
+
+    @property
+    def longest_sequence(self) -> int:
+        """Absolute positions count from the padding index + 1, so that the table's first rows serve no token."""
+        if self.position_embedding_type != "absolute":
+            return self.max_position_embeddings
+        return self.max_position_embeddings - (self.pad_token_id or 0) - 1
+
+
+class RobertaPreLayerNorm(LanguageModel):
+    name = "roberta-prelayernorm"
+    config_class = RobertaPreLayerNormConfig
+    embedding_norm = True
+    config: RobertaPreLayerNormConfig
+
+    def make_layer(self, index: int) -> PreNormLayer:
+        return PreNormLayer(self.config, self.mesh, index)
+
+    def uses_position_table(self) -> bool:
+        return self.config.position_embedding_type == "absolute"
+
+    def position_ids(self, batch: Batch) -> Tensor:
+        padding = self.config.pad_token_id or 0
+        return torch.where(batch.document_ids > 0, batch.positions + padding + 1, padding)
+
+    def head_activation(self) -> str:
+        return "gelu"  # whatever hidden_act is
+
+    @classmethod
+    def huggingface_batch(cls, config: ModelConfig, batch: Batch) -> Batch:
+        """Positions count the tokens that are not the padding token, whatever the attention mask says."""
+        real = (batch.input_ids != config.pad_token_id).long()
+        # position_ids() adds padding + 1; a padding token has the table's padding row, that is position −1 here.
+        return dataclasses.replace(batch, positions=real.cumsum(1) * real - 1)
+
+    @classmethod
+    def huggingface_keys(cls, config: RobertaPreLayerNormConfig, heads: tuple[str, ...]) -> HuggingFaceKeys:  # type: ignore[override]
+        prefix = "roberta_prelayernorm." if heads else ""
+        keys = embedding_keys(prefix) | layer_keys("embeddings.norm", f"{prefix}embeddings.LayerNorm")
+        for i in range(config.num_hidden_layers):
+            layer, norms = f"{prefix}encoder.layer.{i}", ("attention.LayerNorm", "intermediate.LayerNorm")
+            keys |= transformer_keys(config, i, layer, norms=norms)
+        keys |= layer_keys("final_norm", f"{prefix}LayerNorm")
+        if "lm" in heads:
+            keys |= layer_keys("lm_head.dense", "lm_head.dense") | layer_keys("lm_head.norm", "lm_head.layer_norm")
+            keys["lm_head.decoder.bias"] = ("lm_head.bias",)
+            if not config.tie_word_embeddings:
+                keys["lm_head.decoder.weight"] = ("lm_head.decoder.weight",)
+        return keys
+
+    @classmethod
+    def huggingface_aliases(cls, config: ModelConfig, heads: tuple[str, ...]) -> dict[str, str]:
+        if "lm" not in heads:
+            return {}
+        aliases = {"lm_head.decoder.bias": "lm_head.bias"}
+        if config.tie_word_embeddings:
+            aliases["lm_head.decoder.weight"] = "roberta_prelayernorm.embeddings.word_embeddings.weight"
+        return aliases
+
+    @classmethod
+    def huggingface_class(cls, heads: tuple[str, ...], config: ModelConfig) -> str:
+        if not heads:
+            return "RobertaPreLayerNormModel"
+        return "RobertaPreLayerNormForCausalLM" if config.is_decoder else "RobertaPreLayerNormForMaskedLM"
+
+    @classmethod
+    def flops_per_row(cls, config: ModelConfig, length: int, predictions: int) -> float:
+        assert isinstance(config, TransformerConfig)
+        return transformer_flops_per_row(config, length, predictions)
