@@ -1,0 +1,233 @@
+"""Starts the ranks of a run on this machine, watches over them, and leaves none behind."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from types import FrameType
+from typing import Any
+
+from .environment import RankEnvironment, apply
+
+# -P: the working directory is no place to import from (it may well hold a folder named like a package).
+COMMAND = (sys.executable, "-P", "-m", "farspan.launch.cli")
+USER_ERROR = 2  # the exit code of a rank that said in one line what the user can mend
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_TAIL_BYTES, _TAIL_LINES = 16384, 30
+_POLL_SECONDS = 0.02
+
+
+def run_ranks(
+    arguments: Sequence[str],
+    ranks: int,
+    *,
+    env: Mapping[str, str] | None = None,
+    command: Sequence[str] = COMMAND,
+    grace_seconds: float = 10.0,
+) -> int:
+    """Run ``command`` with ``arguments`` as ``ranks`` processes; return the first exit code that is not 0, or 0.
+
+    Each process gets RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT, and its share of
+    the cores as OMP_NUM_THREADS unless that is set.  Rank 0 writes straight to this process's output.  Of the others
+    the last lines are kept, and shown once if one is the first to fail.  When a rank fails the rest get SIGTERM, and
+    SIGKILL ``grace_seconds`` later.  SIGINT, SIGTERM and SIGUSR1 are passed on; a second SIGINT kills.  A rank that a
+    signal ended counts as 128 + its number, as in a shell.  If this process itself is killed, so are the ranks
+    (Linux).
+    """
+    if ranks < 1:
+        raise ValueError(f"the number of ranks must be at least 1, not {ranks}")
+    base = dict(os.environ if env is None else env)
+    base.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // ranks)))
+    port = free_port()
+    received: list[int] = []
+
+    def remember(number: int, _: FrameType | None) -> None:
+        received.append(number)
+
+    previous = {number: signal.signal(number, remember) for number in _FORWARDED}
+    group = _Group(grace_seconds)
+    try:
+        for rank in range(ranks):
+            rank_env = dict(base)
+            apply(RankEnvironment(rank, rank, ranks, ranks, "127.0.0.1", port), rank_env)
+            group.start([*command, *arguments], rank_env)
+        while group.running:
+            group.watch()
+            while received:
+                group.forward(received.pop(0))
+    finally:
+        group.close()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    return group.conclude()
+
+
+def available_cores() -> int:
+    """Cores that this process may use: fewer than the machine's where a scheduler or taskset says so."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def free_port() -> int:
+    """A TCP port on 127.0.0.1 that nothing uses at this moment."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+class _Rank:
+    """One process, and the last of what it wrote."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self.process = process
+        self.tail = b""
+
+    def read(self) -> bool:
+        """Take what is there without waiting; False at the end of the output."""
+        assert self.process.stdout is not None
+        for _ in range(64):  # not without end: the other ranks want to be looked at too
+            try:
+                chunk = os.read(self.process.stdout.fileno(), 65536)
+            except BlockingIOError:
+                return True
+            if not chunk:
+                return False
+            self.tail = (self.tail + chunk)[-_TAIL_BYTES:]
+        return True
+
+
+class _Group:
+    """The ranks of one run, from the first start to the last end."""
+
+    def __init__(self, grace_seconds: float) -> None:
+        self._ranks: list[_Rank] = []
+        self._grace = grace_seconds
+        self._selector = selectors.DefaultSelector()
+        self._first_failure: tuple[int, int] | None = None  # rank, exit code
+        self._interrupted = 0  # SIGINTs passed on
+        self._signalled = False
+        self._stop_at: float | None = None  # when the ranks that are left get SIGTERM
+        self._kill_at: float | None = None
+        self.running: set[int] = set()
+
+    def start(self, command: list[str], env: dict[str, str]) -> None:
+        rank = len(self._ranks)
+        # A group of its own, so that Ctrl-C in the terminal reaches a rank once, through us, and so that whatever a
+        # rank started can be ended with it.  Only one thread runs here, which is what preexec_fn asks for.
+        options: dict[str, Any] = {"env": env, "stdin": subprocess.DEVNULL, "process_group": 0}
+        if rank > 0:
+            env.setdefault("PYTHONUNBUFFERED", "1")
+            options |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        started = _Rank(subprocess.Popen(command, preexec_fn=_die_with(os.getpid()), **options))
+        if started.process.stdout is not None:
+            os.set_blocking(started.process.stdout.fileno(), False)
+            self._selector.register(started.process.stdout, selectors.EVENT_READ, started)
+        self._ranks.append(started)
+        self.running.add(rank)
+
+    def watch(self) -> None:
+        """Look once at every rank, and do what is due."""
+        for key, _ in self._selector.select(_POLL_SECONDS):
+            if not key.data.read():
+                self._selector.unregister(key.fileobj)
+        for rank in sorted(self.running):
+            code = self._ranks[rank].process.poll()
+            if code is not None:
+                self._kill_group(rank)  # helpers that it left
+                self.running.remove(rank)
+                if code != 0 and self._first_failure is None:
+                    self._first_failure = (rank, code)
+                    self._stop_at = time.monotonic() + self._patience(rank, code)
+        now = time.monotonic()
+        if self._stop_at is not None and (now >= self._stop_at or (0 not in self.running and not self._signalled)):
+            self._stop_at = None
+            self._send(signal.SIGTERM)
+            self._kill_at = now + self._grace
+        if self._kill_at is not None and now >= self._kill_at:
+            self.kill()
+
+    def _patience(self, rank: int, code: int) -> float:
+        if self._signalled:
+            return self._grace  # all were told to end: let each of them
+        # An error of the user's is mostly found by every rank: rank 0 gets the time to say it itself.
+        return 2.0 if code == USER_ERROR and rank != 0 else 0.0
+
+    def forward(self, number: int) -> None:
+        self._signalled |= number != signal.SIGUSR1  # which asks for something else than the end
+        self._interrupted += number == signal.SIGINT
+        if self._interrupted > 1:
+            self.kill()
+        else:
+            self._send(number)
+
+    def _send(self, number: int) -> None:
+        # To the rank alone: it knows how to end its own helpers.
+        for rank in self.running:
+            self._ranks[rank].process.send_signal(number)
+
+    def kill(self) -> None:
+        """End at once the ranks that still run, and their helpers."""
+        for rank in self.running:
+            self._kill_group(rank)
+
+    def _kill_group(self, rank: int) -> None:
+        # macOS answers PermissionError for a group of which all have ended.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._ranks[rank].process.pid, signal.SIGKILL)
+
+    def close(self) -> None:
+        """After this no process of the group is left."""
+        self.kill()
+        for rank in self._ranks:
+            rank.process.wait()
+            if rank.process.stdout is not None:
+                rank.read()
+                rank.process.stdout.close()
+        self._selector.close()
+
+    def conclude(self) -> int:
+        """Say which rank failed first and how; return the exit code."""
+        if self._first_failure is None:
+            return 0
+        rank_number, code = self._first_failure
+        zero_said_it = code == USER_ERROR and self._ranks[0].process.returncode == USER_ERROR
+        if not (self._signalled or zero_said_it):
+            print(self._report(rank_number, code), file=sys.stderr, flush=True)
+        return code if code > 0 else 128 - code
+
+    def _report(self, rank: int, code: int) -> str:
+        if code > 0:
+            how = f"exited with code {code}"
+        else:
+            how = f"was ended by {signal.Signals(-code).name}"
+            if -code == signal.SIGKILL:
+                how += " (the system may have run out of memory)"
+        report = f"farspan: rank {rank} of {len(self._ranks)} {how}"
+        lines = self._ranks[rank].tail.decode(errors="replace").splitlines()[-_TAIL_LINES:]
+        if lines:
+            report += "; its last lines:\n" + "\n".join(f"[rank {rank}] {line}" for line in lines)
+        return report
+
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def _die_with(parent: int) -> Callable[[], None] | None:
+    """What a new process does first: ask Linux to kill it when its parent ends, however that ends."""
+    if sys.platform != "linux":
+        return None
+    libc = ctypes.CDLL(None)
+
+    def ask() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # too late: the parent is gone
+            os._exit(1)
+
+    return ask

@@ -1,0 +1,310 @@
+"""What a run reports: values that are already global go once to the console, metrics.jsonl and TensorBoard.
+
+Nothing here talks to other ranks.  Steps are numbered as checkpoints are: step k is the k-th update, counted from 1,
+and the checkpoint ``step-k`` contains it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from .files import sync
+
+# Dense bfloat16 matrix FLOP/s of one device, from NVIDIA's data sheets (which often print twice this, with 2:4
+# sparsity): A100, A30, A40, A10, H100 (SXM, PCIe, NVL), H200 (SXM, NVL), GH200, L4, L40, L40S, HGX B200 and B300,
+# GB200 NVL72; Ada and GA102 architecture white papers for the GeForce and RTX cards (float32 accumulation).
+# The first pattern found in torch.cuda.get_device_name decides, so the particular comes before the general.
+_PEAK_FLOPS: tuple[tuple[str, float], ...] = (
+    (r"\bGB200\b", 2500e12),
+    (r"\bB[23]00\b", 2250e12),
+    (r"\bH200 NVL\b", 835.5e12),
+    (r"\bH100 NVL\b", 835.5e12),
+    (r"\bH100 PCIe\b", 756.5e12),
+    (r"\bG?H[12]00\b", 989.5e12),
+    (r"\bA100\b", 312e12),
+    (r"\bA30\b", 165e12),
+    (r"\bA40\b", 149.7e12),
+    (r"\bA10\b", 125e12),
+    (r"\bL40S\b", 362e12),
+    (r"\bL40\b", 181e12),
+    (r"\bL4\b", 121e12),
+    (r"\bRTX 6000 Ada\b", 364.2e12),
+    (r"\bRTX A6000\b", 154.8e12),
+    (r"\bRTX 4090$", 165.2e12),
+    (r"\bRTX 3090$", 71e12),
+)
+
+
+def peak_flops_per_second(device_name: str | None) -> float | None:
+    """Dense bfloat16 FLOP/s of the device that ``torch.cuda.get_device_name`` calls so; None where unknown.
+
+    A CPU (None) and a MIG slice, which has only a share of its device, are unknown.
+    """
+    if device_name is None or re.search(r"\bMIG\b", device_name):
+        return None
+    return next((peak for pattern, peak in _PEAK_FLOPS if re.search(pattern, device_name)), None)
+
+
+def model_flops_utilization(flops_per_second_per_device: float, peak: float | None) -> float | None:
+    """Share of the device's bfloat16 peak that the model's own FLOPs use (PaLM, arXiv 2204.02311, appendix B).
+
+    Recomputed activations do not count as the model's FLOPs.  None where the peak is unknown.
+    """
+    return None if peak is None else flops_per_second_per_device / peak
+
+
+@dataclasses.dataclass(frozen=True)
+class StepMetrics:
+    """One update.  Losses, counts and rates are those of all ranks together; times are the writing rank's."""
+
+    step: int  # counted from 1
+    loss: float  # nats per predicted token (plus the sentence loss where there is one)
+    grad_norm: float  # before clipping
+    lr: float
+    tokens: int  # real tokens of this update (padding not counted), all ranks
+    tokens_per_second: float  # real tokens, all ranks
+    step_seconds: float
+    data_wait_seconds: float  # part of step_seconds spent waiting for the next batch
+    model_flops_utilization: float | None = None
+    peak_memory_bytes: int | None = None  # of the device, the largest over the ranks
+    parts: Mapping[str, float] = dataclasses.field(default_factory=dict)  # further named losses: masked_lm_loss, ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ValidationMetrics:
+    """One evaluation after update ``step``, over all ranks."""
+
+    step: int
+    loss: float  # nats per predicted token
+    masked_accuracy: float | None = None  # share of predicted tokens whose largest logit is right
+    parts: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def perplexity(self) -> float:
+        try:
+            return math.exp(self.loss)
+        except OverflowError:
+            return math.inf
+
+
+def json_line(values: Mapping[str, Any]) -> str:
+    """One line of valid JSON.  A finite float is written so that reading it gives the same 64 bits.
+
+    JSON has no word for nan and infinity: such a value becomes null, and ``non_finite`` names what it was, as in
+    ``{"step": 7, "loss": null, "non_finite": {"loss": "nan"}}``.
+    """
+    non_finite = {k: str(v) for k, v in values.items() if isinstance(v, float) and not math.isfinite(v)}
+    line = {k: None if k in non_finite else v for k, v in values.items()}
+    if non_finite:
+        line["non_finite"] = non_finite
+    return json.dumps(line, allow_nan=False) + "\n"
+
+
+def read_metrics(path: Path | str) -> list[dict[str, Any]]:
+    """The complete lines of a metrics.jsonl, as dictionaries."""
+    with Path(path).open("rb") as file:
+        return [values for _, values in _complete_lines(file)]
+
+
+def _complete_lines(lines: Iterable[bytes]) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Each line that was written to its end, and its values; a machine that fails may leave others."""
+    for line in lines:
+        try:
+            values = json.loads(line)
+        except ValueError:
+            continue
+        if line.endswith(b"\n") and isinstance(values, dict) and isinstance(values.get("step"), int):
+            yield line, values
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Keep the complete lines up to ``step``: an earlier process may have gone past the checkpoint and been killed."""
+    if not path.exists():
+        return
+    beside = path.with_name(path.name + ".new")
+    with path.open("rb") as old, beside.open("wb") as new:
+        for line, values in _complete_lines(old):
+            if values["step"] <= step:
+                new.write(line)
+        new.flush()
+        os.fsync(new.fileno())
+    beside.replace(path)
+    sync(path.parent)
+
+
+class MetricsWriter:
+    """Sends each value once to the console, ``run_dir/metrics.jsonl`` and ``run_dir/tensorboard``.
+
+    Only the rank with ``is_writer`` writes; on the others every method does nothing.  ``resumed_step`` is the number
+    of updates in the checkpoint that the run continues (0: none): whatever an earlier process wrote past it is
+    dropped from metrics.jsonl and purged in TensorBoard, so that each step appears once.
+
+    On a terminal the console shows a progress bar, elsewhere a plain line every ``console_interval`` steps.
+    ``config_text`` is the resolved configuration, shown in TensorBoard as text.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path | str,
+        *,
+        is_writer: bool,
+        total_steps: int,
+        resumed_step: int = 0,
+        tensorboard: bool = True,
+        config_text: str | None = None,
+        console_interval: int = 10,
+        stream: TextIO | None = None,
+    ) -> None:
+        if console_interval < 1:
+            raise ValueError(f"the console interval must be at least 1 step, not {console_interval}")
+        self._is_writer = is_writer
+        if not is_writer:
+            return
+        run_dir = Path(run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        path = run_dir / "metrics.jsonl"
+        _drop_after(path, resumed_step)
+        self._file = path.open("a", encoding="utf-8")
+        self._last_step = resumed_step
+        self._console = _Console(stream or sys.stdout, total_steps, resumed_step, console_interval)
+        self._tensorboard: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_step + 1)
+            if config_text is not None:
+                # Markdown shows text that is indented by four spaces as it stands.
+                self._tensorboard.add_text("config", "    " + config_text.replace("\n", "\n    "), resumed_step)
+
+    def train(self, metrics: StepMetrics) -> None:
+        """Report one update.  Steps come in order, each once."""
+        if not self._is_writer:
+            return
+        assert metrics.step > self._last_step, f"step {metrics.step} after step {self._last_step}"
+        self._last_step = metrics.step
+        values = dataclasses.asdict(metrics)
+        parts = values.pop("parts")
+        if metrics.model_flops_utilization is None:
+            del values["model_flops_utilization"]
+        if metrics.peak_memory_bytes is None:
+            del values["peak_memory_bytes"]
+        self._write(values | parts)
+        learning = {k: values[k] for k in ("loss", "grad_norm", "lr")}
+        self._scalars(metrics.step, "train", learning | parts)
+        self._scalars(metrics.step, "throughput", {k: values[k] for k in values if k != "step" and k not in learning})
+        self._console.step(metrics)
+
+    def validation(self, metrics: ValidationMetrics) -> None:
+        """Report an evaluation after the update of that step (0: before the first)."""
+        if not self._is_writer:
+            return
+        values: dict[str, Any] = {"loss": metrics.loss, "perplexity": metrics.perplexity}
+        if metrics.masked_accuracy is not None:
+            values["masked_accuracy"] = metrics.masked_accuracy
+        values |= metrics.parts
+        self._write({"step": metrics.step} | {f"validation_{k}": v for k, v in values.items()})
+        self._scalars(metrics.step, "validation", values)
+        self._console.message(
+            f"step {metrics.step}: " + ", ".join(f"validation {k.replace('_', ' ')} {v:.4f}" for k, v in values.items())
+        )
+
+    def message(self, text: str) -> None:
+        """A line for people (a checkpoint was written, ...), above the bar where there is one."""
+        if self._is_writer:
+            self._console.message(text)
+
+    def sync(self) -> None:
+        """Bring all that was written to the disk: call it before a checkpoint that counts on it."""
+        if not self._is_writer:
+            return
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        if self._tensorboard is not None:
+            self._tensorboard.flush()
+
+    def close(self) -> None:
+        if not self._is_writer or self._file.closed:
+            return
+        self.sync()
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        self._console.close()
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _write(self, values: Mapping[str, Any]) -> None:
+        self._file.write(json_line(values))
+        self._file.flush()  # a killed process loses nothing
+
+    def _scalars(self, step: int, group: str, values: Mapping[str, float]) -> None:
+        if self._tensorboard is not None:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(f"{group}/{name}", value, step)
+
+
+class _Console:
+    """A progress bar on a terminal; plain lines, at intervals, where the output goes to a file."""
+
+    def __init__(self, stream: TextIO, total_steps: int, resumed_step: int, interval: int) -> None:
+        self._stream, self._total, self._interval = stream, total_steps, interval
+        self._start: tuple[float, int] | None = None  # time and step at the end of this process's first step
+        self._bar: Any = None
+        if stream.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total_steps, initial=resumed_step, unit="step", file=stream, dynamic_ncols=True)
+
+    def step(self, metrics: StepMetrics) -> None:
+        now = time.monotonic()
+        first = self._start is None
+        self._start = self._start or (now, metrics.step)
+        if self._bar is not None:
+            text = f"loss {metrics.loss:.4f}, {_short(metrics.tokens_per_second)} tokens/s"
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(metrics.step - self._bar.n)
+        elif first or metrics.step % self._interval == 0 or metrics.step == self._total:
+            self.message(
+                f"step {metrics.step}/{self._total}: loss {metrics.loss:.4f}, lr {metrics.lr:.3g}, "
+                f"grad norm {metrics.grad_norm:.3f}, {_short(metrics.tokens_per_second)} tokens/s, "
+                f"ETA {self._remaining(now, metrics.step)}"
+            )
+
+    def message(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.write(text, file=self._stream)
+        else:
+            print(text, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def _remaining(self, now: float, step: int) -> str:
+        # The first step, which compiles and warms up, says nothing about the others.
+        assert self._start is not None
+        start, first_step = self._start
+        if step == first_step and step < self._total:
+            return "unknown"
+        seconds = round((now - start) / max(step - first_step, 1) * (self._total - step))
+        return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+
+def _short(number: float) -> str:
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(number) >= size:
+            return f"{number / size:.2f}{unit}"
+    return f"{number:.1f}"
