@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -240,7 +240,13 @@ def train_tokenizer(
     )
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(out / TOKENIZER_FILE))
+    saved = json.loads(tokenizer.to_str())
+    # Two fields in the form that older versions of `tokenizers` (transformers below 4.45) read too.
+    if kind == "bpe":
+        saved["model"]["merges"] = [" ".join(pair) for pair in saved["model"]["merges"]]
+    if kind == "unigram":
+        saved["pre_tokenizer"]["add_prefix_space"] = saved["decoder"]["add_prefix_space"] = True
+    write_json(out / TOKENIZER_FILE, saved)
     roles: dict[str, Any] = dict(style.roles)
     roles["mask_token"] = {**_flags(mask), "content": mask.content}
     write_json(out / "special_tokens_map.json", roles)
@@ -286,15 +292,3 @@ def _untrained(
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
     return tokenizer, trainers.UnigramTrainer(unk_token="<unk>", **common)
-
-
-def batched(texts: Iterable[str], size: int) -> Iterator[list[str]]:
-    """Lists of ``size`` texts, the last one shorter."""
-    batch: list[str] = []
-    for text in texts:
-        batch.append(text)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
