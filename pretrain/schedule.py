@@ -9,13 +9,13 @@ ScheduleName = Literal["linear", "cosine", "wsd", "constant"]
 
 
 def check_schedule(
+    name: str,
     *,
-    peak: float,
     total_steps: int,
     warmup_steps: int,
-    name: str,
-    minimum_ratio: float = 0.0,
     decay_steps: int | None = None,
+    peak: float = 1.0,
+    minimum_ratio: float = 0.0,
 ) -> None:
     """Raise a one-line ValueError where ``learning_rate`` could not follow these settings."""
     if name not in get_args(ScheduleName):
@@ -69,12 +69,12 @@ def learning_rate(
     below 0.
     """
     check_schedule(
-        peak=peak,
+        name,
         total_steps=total_steps,
         warmup_steps=warmup_steps,
-        name=name,
-        minimum_ratio=minimum_ratio,
         decay_steps=decay_steps,
+        peak=peak,
+        minimum_ratio=minimum_ratio,
     )
     if step < 0:
         raise ValueError(f"steps count from 0: there is no step {step}")

@@ -1,0 +1,251 @@
+"""The command line: ``farspan prepare | train | convert | version``.
+
+Whatever is slow to import is imported inside the command that needs it, so that ``farspan --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..version import __version__
+from .environment import RankEnvironment, apply, idle_slurm_nodes, read_environment
+
+if TYPE_CHECKING:
+    from ..pretrain.config import Config
+
+USER_ERROR = 2
+
+_OVERVIEW = """\
+Pretrain language models from text to a Hugging Face folder.
+
+  farspan prepare ...                        text -> tokenizer and token shards
+  farspan train configs/RUN.yaml             token shards -> checkpoints
+  farspan convert to-hf runs/RUN/ OUT        checkpoint -> folder for transformers' from_pretrained
+"""
+
+_EPILOG = """\
+Each command has its own --help.  Errors are one line; FARSPAN_TRACEBACK=1 shows where they come from.
+"""
+
+_TRAIN = """\
+Train as the YAML file says.  section.key=value after it overrides one value, as often as needed:
+
+  farspan train configs/RUN.yaml optimizer.lr=1e-4 parallel.tensor=2
+
+Started by itself, the command runs one rank for each GPU (on a CPU: as many as the layout needs).  Under a launcher
+each process is one rank:
+
+  torchrun --nnodes 2 --nproc-per-node 8 ... --no-python farspan train configs/RUN.yaml
+  srun --ntasks-per-node 8 farspan train configs/RUN.yaml
+  deepspeed --hostfile hosts --no_python farspan train configs/RUN.yaml
+
+A run that was stopped continues from its latest checkpoint when the same command is given again.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit code: 0, 2 for an error of the user's (said in one line), 130 interrupted."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    _prepare_imports()
+    try:
+        parser = _parser(next((a for a in arguments if not a.startswith("-")), None))
+        args, rest = parser.parse_known_args(arguments)
+        # argparse ends a list of positionals at the first option between them.
+        while rest and hasattr(args, "overrides") and "=" in rest[0] and not rest[0].startswith("-"):
+            args.overrides.append(rest.pop(0))
+        if rest:
+            args.parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        return args.run(args) or 0
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return 130
+    except (ValueError, OSError) as error:
+        if os.environ.get("FARSPAN_TRACEBACK", "0") not in ("", "0") or not _is_for_the_user(error):
+            raise
+        _say(_one_line(error))
+        return USER_ERROR
+
+
+def _prepare_imports() -> None:
+    # `python -m` in a clone puts the repository root, which is the package itself, on the import path.  Its folder
+    # `kernels` would then pass for the package of that name that transformers looks for.
+    root = Path(__file__).resolve().parents[1]
+    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != root]
+    # megatron-core says four times what Farspan does not need.
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+
+
+def _parser(command: str | None) -> argparse.ArgumentParser:
+    """The whole command line; options that only a slow module knows are added for ``command`` alone."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="farspan", description=_OVERVIEW, epilog=_EPILOG, formatter_class=raw)
+    parser.add_argument("--version", action="version", version=f"farspan {__version__}")
+    # deepspeed's launcher adds it in front; LOCAL_RANK says the same.
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    prepare = commands.add_parser("prepare", help="turn text into a tokenizer and token shards", formatter_class=raw)
+    prepare.set_defaults(run=_prepare, parser=prepare)
+    if command == "prepare":
+        from ..pretrain.data.prepare import add_arguments
+
+        add_arguments(prepare)
+
+    train = commands.add_parser(
+        "train", help="train a model, or continue a run", description=_TRAIN, formatter_class=raw
+    )
+    train.add_argument("config", metavar="CONFIG", help="YAML file of the run")
+    train.add_argument("overrides", metavar="section.key=value", nargs="*", help="values that replace the file's")
+    train.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+    train.add_argument("--ranks", type=_positive, metavar="N", help="start N ranks on this machine")
+    train.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|never|PATH",
+        help="auto: continue from the run's latest checkpoint if there is one (default); never: start anew; "
+        "PATH: start from that checkpoint",
+    )
+    train.set_defaults(run=_train, parser=train)
+
+    convert = commands.add_parser("convert", help="convert checkpoints to and from Hugging Face folders")
+    convert.set_defaults(parser=convert)
+    directions = convert.add_subparsers(title="directions", metavar="DIRECTION", required=True)
+    to_hf = directions.add_parser("to-hf", help="checkpoint -> Hugging Face folder")
+    to_hf.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint folder, or a run folder (its latest)")
+    to_hf.add_argument("out", metavar="OUT", help="new folder for config.json, weights and tokenizer")
+    to_hf.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as saved)")
+    to_hf.set_defaults(run=_to_hf, parser=to_hf)
+    from_hf = directions.add_parser("from-hf", help="Hugging Face folder -> checkpoint")
+    from_hf.add_argument("folder", metavar="FOLDER", help="folder with config.json and safetensors")
+    from_hf.add_argument("out", metavar="OUT", help="new checkpoint folder")
+    from_hf.set_defaults(run=_from_hf, parser=from_hf)
+
+    version = commands.add_parser("version", help="print the versions of Farspan and of what it stands on")
+    version.set_defaults(run=_version, parser=version)
+    return parser
+
+
+def _prepare(args: argparse.Namespace) -> int | None:
+    from ..pretrain.data.prepare import run
+
+    return run(args)
+
+
+def _train(args: argparse.Namespace) -> int:
+    environment = read_environment()
+    if environment is not None and args.ranks is not None:
+        raise ValueError("--ranks starts ranks on this machine, but a launcher already started them: leave it out")
+    from ..pretrain.config import load_config
+
+    config = load_config(args.config, args.overrides)
+    if args.print_config:
+        if environment is None or environment.rank == 0:
+            print(config.to_yaml(), end="")
+        return 0
+    if environment is None:
+        ranks = args.ranks or _default_ranks(config)
+        if idle := idle_slurm_nodes():
+            _say(f"note: {idle} more nodes of this SLURM job stay idle; srun starts ranks on all of them")
+        if ranks > 1:
+            return _start_ranks(config, ranks, args)
+        from .local import free_port
+
+        environment = RankEnvironment(0, 0, 1, 1, "127.0.0.1", free_port())
+    apply(environment)
+    from ..pretrain.train import train
+
+    train(config, resume=args.resume)
+    return 0
+
+
+def _default_ranks(config: Config) -> int:
+    """The number that the layout says; where it leaves the replicas open, every GPU, or one replica on a CPU."""
+    import torch
+
+    parallel = config.parallel
+    if parallel.data is None and torch.cuda.device_count() > 0:
+        return torch.cuda.device_count()
+    return parallel.tensor * parallel.pipeline * (parallel.data or 1)
+
+
+def _start_ranks(config: Config, ranks: int, args: argparse.Namespace) -> int:
+    import torch
+
+    from ..pretrain.config import check_world
+    from .local import run_ranks
+
+    gpus = torch.cuda.device_count()
+    if 0 < gpus < ranks:
+        raise ValueError(f"{ranks} ranks need a GPU each and this machine shows {gpus}: start fewer with --ranks")
+    # The layout only, with the CPU's name: asking a GPU what it can do would leave this process's context on it.  What
+    # depends on the device each rank checks for itself.
+    check_world(config, ranks, torch.device("cpu"))
+    return run_ranks(["train", args.config, *args.overrides, "--resume", args.resume], ranks)
+
+
+def _to_hf(args: argparse.Namespace) -> None:
+    from ..pretrain.huggingface import to_huggingface
+
+    to_huggingface(args.checkpoint, args.out, dtype=args.dtype)
+    print(f"wrote {args.out}")
+
+
+def _from_hf(args: argparse.Namespace) -> None:
+    from ..pretrain.huggingface import from_huggingface
+
+    from_huggingface(args.folder, args.out)
+    print(f"wrote {args.out}")
+
+
+def _version(args: argparse.Namespace) -> None:
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    print(f"farspan {__version__}")
+    print(f"python {platform.python_version()}")
+    for package in ("torch", "deepspeed", "megatron-core", "transformers"):
+        try:
+            print(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            print(f"{package} is not installed")
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 up")
+    return int(text)
+
+
+def _is_for_the_user(error: Exception) -> bool:
+    """Whether one line is enough.
+
+    An OSError names what is missing or full.  A ValueError that Farspan raises is written for the user; one from deep
+    inside a library is a fault whose traceback is needed.  A broken connection is a fault too.
+    """
+    if isinstance(error, OSError):
+        return not isinstance(error, ConnectionError)
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    name = str(frames[-1].f_globals.get("__name__"))
+    return name == "__main__" or name.split(".")[0] == __name__.split(".")[0]
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _say(text: str) -> None:
+    rank = os.environ.get("RANK", "0")
+    print(f"farspan: {text}" if rank == "0" else f"farspan: [rank {rank}] {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
