@@ -95,7 +95,7 @@ def local_slices(
             start = min(axis.rank * part, total)
             stop = min(start + part, total)
             value = value.narrow(logical.dim, 0, stop - start)
-        tensors[name] = value.contiguous().cpu()
+        tensors[name] = value.to("cpu", copy=True, memory_format=torch.contiguous_format)
         entries[name] = {
             "shape": list(logical.shape),
             "dim": logical.dim,

@@ -279,7 +279,7 @@ def _make_shard(job: _Job, vocabulary_size: int) -> int:
     """Tokenize one shard into its files; returns the bytes of text it stands for."""
     dtype = token_dtype(vocabulary_size)
     encoder = _encoder(job.out / _TOKENIZER)
-    documents = [np.array(ids, dtype) for texts in _batches(job.documents()) for ids in encoder.encode(texts)]
+    documents = [ids.astype(dtype) for texts in _batches(job.documents()) for ids in encoder.encode(texts)]
     numbers = np.arange(len(documents))
     validation = job.is_validation(numbers)
     order = np.argsort(hash64(job.seed, _SHUFFLE, job.number, numbers))
@@ -314,6 +314,8 @@ def _finish(out: Path, jobs: Sequence[_Job], vocabulary: Vocabulary, settings: d
             with np.load(job.lengths_file) as stored:
                 lengths.append(stored[split])
         splits[split] = write_index(out, split, lengths)
+        for leftover in (out / split).glob("*.tmp"):
+            leftover.unlink()
     if not any(described["documents"] for described in splits.values()):
         raise ValueError(f"the input has no text: nothing was prepared in {out}")
     described = {"farspan": __version__, "vocabulary_size": vocabulary.size, "settings": settings}

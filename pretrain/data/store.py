@@ -87,7 +87,7 @@ class TokenStore:
     def _open_index(self, path: Path) -> Int64:
         try:
             offsets = np.load(path, mmap_mode="r")
-        except (OSError, ValueError) as error:
+        except (OSError, EOFError, ValueError) as error:
             raise ValueError(f"index {path} cannot be read ({error}): prepare the data again") from None
         if (
             offsets.shape != (self.documents + 1,)

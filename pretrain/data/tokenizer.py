@@ -127,17 +127,25 @@ def _role_tokens(folder: Path) -> dict[str, str]:
 
 
 class Encoder:
-    """Text to token ids without special tokens; special tokens that occur in the text are read as ordinary text."""
+    """Text to token ids without special tokens: those that occur in the text are read as text.
+
+    Unigram models match them all the same, as pieces of their vocabulary: such ids are left out.
+    """
 
     def __init__(self, folder: str | Path) -> None:
         self._tokenizer = _read_tokenizer(Path(folder))
+        vocabulary = Vocabulary.from_folder(folder)
+        self._kept = np.ones(vocabulary.size, bool)
+        self._kept[[id for id in vocabulary.special_ids if id != vocabulary.unk_id]] = False
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode(self, texts: Sequence[str]) -> list[Int64]:
         """Token ids of each text."""
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        arrays = (np.array(encoding.ids, np.int64) for encoding in encodings)
+        return [ids[self._kept[ids]] for ids in arrays]
 
 
 def copy_tokenizer(source: str | Path, out: Path) -> None:

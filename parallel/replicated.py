@@ -1,0 +1,158 @@
+"""The optimizer step where nothing is partitioned (ZeRO 0, or one replica): float32 masters, one all-reduce."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .mesh import Mesh
+from .sharding import logical_of
+
+MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+
+
+def parameter_groups(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
+    """One group of those that weight decay applies to (``decayed``), one of the others; without the untrainable."""
+    trainable = [p for p in parameters if p.requires_grad]
+    groups = [{"params": [p for p in trainable if logical_of(p).decay == on], "decayed": on} for on in (True, False)]
+    return [group for group in groups if group["params"]]
+
+
+def counted_in_norm(parameter: nn.Parameter, mesh: Mesh) -> bool:
+    """Whether this rank counts a parameter in the global gradient norm: every value once over tensor × pipeline."""
+    if getattr(parameter, "ds_pipe_replicated", False):
+        return False
+    return mesh.tensor.first or logical_of(parameter).dim is not None
+
+
+class ReplicatedOptimizer:
+    """Gradients are summed over the replicas, clipped by their global norm, and applied to float32 masters."""
+
+    averages_gradients = False
+
+    def __init__(self, module: nn.Module, mesh: Mesh, make_optimizer: MakeOptimizer, *, clip: float) -> None:
+        self.module, self.mesh, self.clip = module, mesh, clip
+        groups = parameter_groups(module.parameters())
+        self.parameters: list[nn.Parameter] = [p for group in groups for p in group["params"]]
+        self.mixed = any(p.dtype != torch.float32 for p in self.parameters)
+        masters = {p: p.detach().float() if p.dtype != torch.float32 else p for p in self.parameters}
+        self.masters = list(masters.values())
+        self.optimizer = make_optimizer([group | {"params": [masters[p] for p in group["params"]]} for group in groups])
+        self.flat: Tensor | None = None
+        if self.mixed or mesh.data.size > 1:
+            self._share_gradients()
+
+    def _share_gradients(self) -> None:
+        """One float32 buffer that all gradients are views of: accumulated in float32, reduced in one piece."""
+        self.flat = torch.zeros(sum(p.numel() for p in self.parameters), device=self.mesh.device)
+        self.gradients, start = [], 0
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            view = self.flat[start : start + parameter.numel()].view_as(parameter)
+            start += parameter.numel()
+            self.gradients.append(view)
+            master.grad = view
+            if parameter.dtype != torch.float32:
+                parameter.register_post_accumulate_grad_hook(_accumulate_into(view))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+    def begin_step(self) -> None:
+        if self.flat is not None:
+            self.flat.zero_()
+        else:
+            for parameter in self.parameters:
+                parameter.grad = None
+
+    def before_microbatch(self, *, last: bool) -> None:
+        pass
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        """Where the accumulated gradient of a parameter lies after the last microbatch."""
+        if self.flat is None:
+            return parameter.grad
+        return self.gradients[next(i for i, p in enumerate(self.parameters) if p is parameter)]
+
+    def step(self, learning_rate: float) -> float:
+        """Reduce, clip, update.  Returns the global gradient norm before clipping."""
+        if self.flat is not None and self.mesh.data.size > 1:
+            dist.all_reduce(self.flat, group=self.mesh.data.group)
+        norm = self._norm()
+        if self.clip > 0:
+            factor = self.clip / (norm + 1e-6)
+            if factor < 1:
+                torch._foreach_mul_([m.grad for m in self.masters if m.grad is not None], factor)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        if self.mixed:
+            with torch.no_grad():
+                torch._foreach_copy_(self.parameters, self.masters)
+        return norm
+
+    def _norm(self) -> float:
+        counted = [
+            m.grad
+            for p, m in zip(self.parameters, self.masters, strict=True)
+            if m.grad is not None and counted_in_norm(p, self.mesh)
+        ]
+        total = torch.zeros(1, dtype=torch.float64, device=self.mesh.device)
+        if counted:
+            total += torch.stack(torch._foreach_norm(counted)).double().square().sum()
+        if self.mesh.model.size > 1:
+            dist.all_reduce(total, group=self.mesh.model.group)
+        return total.sqrt().item()
+
+    def whole(self, parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager[Any]:
+        """Inside, the parameters have all their values (they always do here)."""
+        return contextlib.nullcontext()
+
+    def state(self) -> dict[str, Tensor]:
+        """The optimizer's tensors, and the masters where the weights are of lower precision."""
+        return partition_state(self.optimizer, self.masters, masters=self.mixed)
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        load_partition_state(self.optimizer, self.masters, state)
+
+
+def _accumulate_into(view: Tensor) -> Callable[[Tensor], None]:
+    def hook(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        view.add_(parameter.grad)
+        parameter.grad = None
+
+    return hook
+
+
+def partition_state(optimizer: torch.optim.Optimizer, tensors: list[Tensor], *, masters: bool) -> dict[str, Tensor]:
+    """{index.key: value} of an optimizer's state of these tensors, and of the tensors themselves (``master``)."""
+    state: dict[str, Tensor] = {}
+    for index, tensor in enumerate(tensors):
+        if masters:
+            state[f"{index}.master"] = tensor.detach().cpu().clone()
+        for key, value in optimizer.state.get(tensor, {}).items():
+            state[f"{index}.{key}"] = torch.as_tensor(value).detach().cpu().clone()
+    return state
+
+
+@torch.no_grad()
+def load_partition_state(optimizer: torch.optim.Optimizer, tensors: list[Tensor], state: dict[str, Tensor]) -> None:
+    """The reverse; ValueError where the state is not of these tensors."""
+    for index, tensor in enumerate(tensors):
+        own = {key.partition(".")[2]: value for key, value in state.items() if key.partition(".")[0] == str(index)}
+        master = own.pop("master", None)
+        for value in (*([master] if master is not None else []), *(v for v in own.values() if v.dim())):
+            if value.shape != tensor.shape:
+                raise ValueError(
+                    f"the saved optimizer state has shape {tuple(value.shape)} where {tuple(tensor.shape)} is needed: "
+                    "it was saved under another layout or model"
+                )
+        if master is not None:
+            tensor.copy_(master)
+        device = tensor.device
+        optimizer.state[tensor] = {k: v.to(device) if v.dim() else v.clone() for k, v in own.items()}

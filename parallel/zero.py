@@ -1,0 +1,146 @@
+"""The optimizer step with ZeRO 1, 2 and 3 (arXiv 1910.02054), by DeepSpeed.  The only file that knows DeepSpeed.
+
+What DeepSpeed's plain engine needs to work under megatron-core's schedules:
+
+- its own ``gradient_accumulation_steps`` stays 1, or every stage would divide the gradient again;
+- the accumulation boundary is set by hand: for ZeRO 1 gradients stay where autograd puts them until the last
+  microbatch is done; for ZeRO 2 and 3 they are reduced as they come, so the boundary is set before the last microbatch;
+- its ``mpu`` answers for the model group with megatron-core's tensor × pipeline group.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .mesh import Mesh
+from .replicated import MakeOptimizer, load_partition_state, parameter_groups, partition_state
+
+
+class _ModelParallelUnit:
+    """The mesh, as DeepSpeed asks for it."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        for name, axis in (
+            ("data_parallel", mesh.data),
+            ("tensor_model_parallel", mesh.tensor),
+            ("pipeline_model_parallel", mesh.pipeline),
+            ("model_parallel", mesh.model),
+        ):
+            setattr(self, f"get_{name}_rank", lambda axis=axis: axis.rank)
+            setattr(self, f"get_{name}_world_size", lambda axis=axis: axis.size)
+            setattr(self, f"get_{name}_group", lambda axis=axis: axis.group)
+
+
+def _import_deepspeed() -> Any:
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if not torch.cuda.is_available():
+        # A shared-memory op for inference, built with a compiler at the first start: nothing here uses it.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+class ZeroOptimizer:
+    """Optimizer state (1), gradients (2) and weights (3) partitioned over the data group."""
+
+    averages_gradients = True
+
+    def __init__(
+        self, module: nn.Module, mesh: Mesh, make_optimizer: MakeOptimizer, *, stage: int, clip: float, rows: int
+    ) -> None:
+        deepspeed = _import_deepspeed()
+        if not deepspeed.comm.is_initialized():
+            deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+        groups = parameter_groups(module.parameters())
+        parameters: list[nn.Parameter] = [p for group in groups for p in group["params"]]
+        self.stage, self.mesh, self.deepspeed = stage, mesh, deepspeed
+        self.mixed = any(p.dtype != torch.float32 for p in parameters)
+        self.accumulated: dict[nn.Parameter, Tensor] = {}
+        optimizer = make_optimizer(groups)
+        config: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": rows,
+            "gradient_accumulation_steps": 1,
+            "zero_optimization": {"stage": stage, "overlap_comm": False},
+            "gradient_clipping": clip,
+            "zero_allow_untested_optimizer": True,
+            "steps_per_print": 2**62,
+        }
+        if self.mixed:
+            config["bf16"] = {"enabled": True}
+            if stage >= 2:
+                config["data_types"] = {"grad_accum_dtype": "fp32"}
+            else:
+                self._accumulate_in_float32(parameters)
+        self.engine, *_ = deepspeed.initialize(
+            model=module, optimizer=optimizer, mpu=_ModelParallelUnit(mesh), dist_init_required=False, config=config
+        )
+        assert torch.distributed.get_process_group_ranks(mesh.data.group) == torch.distributed.get_process_group_ranks(
+            self.engine.data_parallel_group
+        ), "DeepSpeed and megatron-core disagree on the data group"
+
+    def _accumulate_in_float32(self, parameters: list[nn.Parameter]) -> None:
+        """ZeRO 1 leaves the sum over microbatches to autograd, in the weights' precision: keep it in float32 instead
+        and round once, when DeepSpeed takes it."""
+
+        def hook(parameter: nn.Parameter) -> None:
+            assert parameter.grad is not None
+            self.accumulated[parameter].add_(parameter.grad)
+            parameter.grad = None
+
+        for parameter in parameters:
+            self.accumulated[parameter] = torch.zeros(parameter.shape, device=self.mesh.device)
+            parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[arg-type]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.engine(*args, **kwargs)
+
+    def begin_step(self) -> None:
+        self.engine.set_gradient_accumulation_boundary(False)
+        for gradient in self.accumulated.values():
+            gradient.zero_()
+
+    def before_microbatch(self, *, last: bool) -> None:
+        if self.stage >= 2:
+            self.engine.set_gradient_accumulation_boundary(last)
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        """Where the accumulated gradient of a parameter lies after the last microbatch (ZeRO 1)."""
+        return self.accumulated.get(parameter, parameter.grad)
+
+    def step(self, learning_rate: float) -> float:
+        """Reduce, clip, update.  Returns the global gradient norm before clipping."""
+        for group in self.engine.basic_optimizer.param_groups:
+            group["lr"] = learning_rate
+        if self.stage == 1:
+            for parameter, gradient in self.accumulated.items():
+                parameter.grad = gradient.to(parameter.dtype)
+            self.engine.set_gradient_accumulation_boundary(True)
+            self.engine.allreduce_gradients()
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm())
+
+    def whole(self, parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager[Any]:
+        """Inside, the parameters have all their values on every rank; collective over the data group."""
+        if self.stage < 3:
+            return contextlib.nullcontext()
+        return self.deepspeed.zero.GatheredParameters(parameters)
+
+    def _partitions(self) -> list[Tensor]:
+        """The float32 masters that this rank updates, flat."""
+        optimizer = self.engine.optimizer
+        return optimizer.fp32_partitioned_groups_flat if self.stage == 3 else optimizer.single_partition_of_fp32_groups
+
+    def state(self) -> dict[str, Tensor]:
+        """This rank's partition of the optimizer's tensors and of the masters."""
+        return partition_state(self.engine.optimizer.optimizer, self._partitions(), masters=True)
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        load_partition_state(self.engine.optimizer.optimizer, self._partitions(), state)

@@ -1,0 +1,351 @@
+"""The configuration of a run: typed, frozen, and checked as a whole before anything starts.
+
+A run is described by one YAML file and overrides ``section.key=value``.  The model section uses Hugging Face's field
+names.  The resolved configuration is saved with the run.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
+
+from .models import architecture
+from .models.base import ModelConfig
+from .objectives import OBJECTIVES
+from .schedule import check_schedule
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataConfig(Section):
+    """Which prepared tokens are read, and how rows are made of them."""
+
+    folder: str = Field(..., description="folder written by `farspan prepare`")
+    sequence_length: int = Field(128, gt=1, description="tokens a row")
+    rows: Literal["packed", "padded", "pairs"] = Field(
+        "packed",
+        description="packed: rows cut full from the stream of documents, each attending within itself; "
+        "padded: one document a row; pairs: two segments a row (the mlm+nsp objective)",
+    )
+    prefetch_steps: int = Field(4, ge=1, description="global steps whose batches are made ahead, in a thread")
+
+
+class ObjectiveConfig(Section):
+    """What is predicted."""
+
+    name: str = Field("mlm", description=f"one of {', '.join(OBJECTIVES)}")
+    probability: float = Field(0.15, gt=0.0, lt=1.0, description="share of tokens to predict (mlm)")
+    mask_fraction: float = Field(0.8, ge=0.0, le=1.0, description="share of those replaced by the mask token")
+    random_fraction: float = Field(0.1, ge=0.0, le=1.0, description="share of those replaced by a random token")
+
+    @model_validator(mode="after")
+    def _check(self) -> ObjectiveConfig:
+        if self.name not in OBJECTIVES:
+            raise ValueError(f"name {self.name!r} is unknown: choose one of {', '.join(OBJECTIVES)}")
+        if self.mask_fraction + self.random_fraction > 1.0:
+            raise ValueError(
+                f"mask_fraction {self.mask_fraction} + random_fraction {self.random_fraction} exceeds 1: lower one"
+            )
+        return self
+
+
+class TrainingConfig(Section):
+    """How long, how much at once, in which precision."""
+
+    steps: int = Field(1000, gt=0, description="optimizer steps of the whole run")
+    global_batch_size: int = Field(32, gt=0, description="rows an optimizer step sees, over all ranks")
+    micro_batch_size: int = Field(8, gt=0, description="rows that go through a rank at once")
+    seed: int = Field(1234, ge=0, description="of initial values, order, masks and dropout")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of weights and activations; masters are float32"
+    )
+    gradient_clipping: float = Field(1.0, ge=0.0, description="largest global gradient norm; 0: none")
+    timeout_seconds: float = Field(1800.0, gt=0, description="how long a collective waits for a rank before it fails")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.dtype]
+
+
+class OptimizerConfig(Section):
+    """AdamW (arXiv 1711.05101); weight decay on matrices, not on norms and biases."""
+
+    name: Literal["adamw"] = "adamw"
+    lr: float = Field(1e-4, gt=0.0, description="learning rate at the end of the warm-up")
+    beta1: float = Field(0.9, ge=0.0, lt=1.0)
+    beta2: float = Field(0.98, ge=0.0, lt=1.0)
+    eps: float = Field(1e-6, gt=0.0)
+    weight_decay: float = Field(0.01, ge=0.0)
+
+
+class ScheduleConfig(Section):
+    """The learning rate as a function of the step."""
+
+    name: Literal["linear", "cosine", "wsd", "constant"] = "linear"
+    warmup_steps: int = Field(0, ge=0)
+    minimum_ratio: float = Field(0.0, ge=0.0, le=1.0, description="last learning rate, as a share of optimizer.lr")
+    decay_steps: int | None = Field(None, gt=0, description="length of the last phase (wsd)")
+
+
+class ParallelConfig(Section):
+    """How the work is spread.  Ranks = tensor × pipeline × data."""
+
+    tensor: int = Field(1, gt=0, description="ranks that share each layer")
+    pipeline: int = Field(1, gt=0, description="stages of consecutive layers (1F1B)")
+    data: int | None = Field(None, gt=0, description="replicas; taken from the number of ranks where not set")
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        1, description="what DeepSpeed partitions over replicas: 0 nothing, 1 optimizer, 2 and gradients, 3 and weights"
+    )
+
+
+class EvaluationConfig(Section):
+    """Loss, perplexity and accuracy on the validation split, always the same rows and masks."""
+
+    interval: int = Field(0, ge=0, description="steps between evaluations (and one at the end); 0: never")
+    rows: int = Field(
+        256, gt=0, description="rows of the validation split to use, from its start, over again if it is shorter"
+    )
+
+
+class CheckpointConfig(Section):
+    """When the state is saved, and where weights may come from."""
+
+    interval: int = Field(0, ge=0, description="steps between saves (and one at the end); 0: at the end only")
+    keep_last: int = Field(2, ge=0, description="how many to keep; 0: all")
+    initialize_from: str | None = Field(None, description="checkpoint whose weights a new run starts from")
+
+
+class LoggingConfig(Section):
+    """What is written while training."""
+
+    interval: int = Field(10, gt=0, description="steps between console lines where there is no progress bar")
+    tensorboard: bool = True
+
+
+def _parse_model(value: Any) -> Any:
+    if isinstance(value, ModelConfig):
+        return value
+    if not isinstance(value, dict) or "model_type" not in value:
+        raise ValueError("model.model_type is missing: set it to an architecture's name")
+    cls = architecture(value["model_type"]).config_class
+    try:
+        return cls.model_validate(value)
+    except ValidationError as error:
+        raise ValueError(_one_line(error, "model")) from None
+
+
+class Config(Section):
+    """A whole run."""
+
+    run_dir: str = Field(..., description="folder of the run: config.yaml, metrics.jsonl, tensorboard/, checkpoints/")
+    model: Annotated[SerializeAsAny[ModelConfig], BeforeValidator(_parse_model)]
+    data: DataConfig
+    objective: ObjectiveConfig = ObjectiveConfig()
+    training: TrainingConfig = TrainingConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        self._check_model()
+        self._check_layout()
+        check_schedule(
+            self.schedule.name,
+            total_steps=self.training.steps,
+            warmup_steps=self.schedule.warmup_steps,
+            decay_steps=self.schedule.decay_steps,
+        )
+        return self
+
+    def _check_model(self) -> None:
+        objective = OBJECTIVES[self.objective.name]
+        if objective.causal != self.model.is_decoder:
+            raise ValueError(
+                f"objective.name {self.objective.name} needs model.is_decoder {str(objective.causal).lower()}, "
+                f"it is {str(self.model.is_decoder).lower()}: set one to fit the other"
+            )
+        allowed = architecture(self.model.model_type).heads_allowed
+        missing = [head for head in objective.heads if head not in allowed]
+        if missing:
+            raise ValueError(
+                f"objective.name {self.objective.name} needs the {missing[0]} head, "
+                f"which {self.model.model_type} does not have: set another objective or architecture"
+            )
+        if self.data.rows not in objective.row_modes:
+            wanted = " or ".join(objective.row_modes)
+            raise ValueError(f"objective.name {self.objective.name} needs data.rows {wanted}, it is {self.data.rows}")
+        if self.data.rows == "pairs" and self.model.type_vocab_size < 2:
+            raise ValueError("data.rows pairs needs model.type_vocab_size of at least 2, it is 1")
+        if self.data.sequence_length > self.model.longest_sequence:
+            raise ValueError(
+                f"data.sequence_length {self.data.sequence_length} is longer than the model's positions "
+                f"({self.model.longest_sequence}): lower it or raise model.max_position_embeddings"
+            )
+
+    def _check_layout(self) -> None:
+        parallel = self.parallel
+        for field in ("num_attention_heads", "intermediate_size", "hidden_size"):
+            value = getattr(self.model, field)
+            if value % parallel.tensor:
+                raise ValueError(
+                    f"model.{field} {value} does not divide by parallel.tensor {parallel.tensor}: "
+                    "set parallel.tensor to a divisor"
+                )
+        if parallel.pipeline > self.model.num_hidden_layers:
+            raise ValueError(
+                f"parallel.pipeline {parallel.pipeline} exceeds model.num_hidden_layers "
+                f"{self.model.num_hidden_layers}: a stage needs a layer"
+            )
+        if parallel.zero_stage >= 2 and parallel.pipeline > 1:
+            raise ValueError(
+                f"parallel.zero_stage {parallel.zero_stage} does not go with parallel.pipeline {parallel.pipeline} "
+                "(gradients of all microbatches are needed at once): set zero_stage to 0 or 1, or pipeline to 1"
+            )
+        if parallel.data is not None:
+            self.microbatches(parallel.data)
+
+    def microbatches(self, data: int) -> int:
+        """How many microbatches a data rank runs a step; ValueError where the batch does not factor."""
+        training = self.training
+        if training.global_batch_size % (training.micro_batch_size * data):
+            raise ValueError(
+                f"training.global_batch_size {training.global_batch_size} does not divide by "
+                f"training.micro_batch_size {training.micro_batch_size} × {data} data ranks: set one to fit"
+            )
+        return training.global_batch_size // (training.micro_batch_size * data)
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        return tuple(OBJECTIVES[self.objective.name].heads)
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+
+    def with_vocabulary(self, size: int, pad: int, bos: int, eos: int) -> Config:
+        """The configuration with the tokenizer's sizes filled in; ValueError where the file says otherwise."""
+        said = self.model.model_fields_set
+        fields = self.model.model_dump()
+        if self.model.vocab_size and self.model.vocab_size < size:
+            raise ValueError(
+                f"model.vocab_size {self.model.vocab_size} is smaller than the tokenizer's {size} "
+                f"in {self.data.folder}: leave it out, or prepare the data with another tokenizer"
+            )
+        if "pad_token_id" in said and self.model.pad_token_id != pad:
+            raise ValueError(
+                f"model.pad_token_id {self.model.pad_token_id} is not the tokenizer's ({pad}) in {self.data.folder}: "
+                "leave it out, or prepare the data with another tokenizer"
+            )
+        fields |= {"vocab_size": self.model.vocab_size or size, "pad_token_id": pad}
+        fields |= {name: value for name, value in (("bos_token_id", bos), ("eos_token_id", eos)) if name not in said}
+        return Config.model_validate({**self.model_dump(), "model": fields})
+
+
+def check_world(config: Config, world_size: int, device: torch.device) -> int:
+    """The number of data ranks; ValueError where the ranks, the batch or the dtype do not fit."""
+    parallel = config.parallel
+    model = parallel.tensor * parallel.pipeline
+    if world_size % model or (parallel.data is not None and world_size != model * parallel.data):
+        data = parallel.data if parallel.data is not None else "any"
+        raise ValueError(
+            f"{world_size} ranks do not make parallel.tensor {parallel.tensor} × pipeline {parallel.pipeline} × "
+            f"data {data}: start another number of ranks or change parallel"
+        )
+    if config.training.dtype == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise ValueError(f"training.dtype bfloat16 is not supported by {torch.cuda.get_device_name()}: set float32")
+    data = world_size // model
+    config.microbatches(data)
+    rows = config.training.micro_batch_size * data
+    if config.evaluation.interval and config.evaluation.rows % rows:
+        raise ValueError(
+            f"evaluation.rows {config.evaluation.rows} does not divide by training.micro_batch_size × {data} data ranks "
+            f"({rows}): set a multiple of it"
+        )
+    return data
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a YAML file, apply ``section.key=value`` overrides, check everything.  ValueError in one line."""
+    path = Path(path)
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist: give the path of a configuration, such as one in configs/") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is not a mapping of sections: see configs/ for examples")
+    for override in overrides or []:
+        _apply(value, override)
+    return parse_config(value, str(path))
+
+
+def parse_config(value: dict[str, Any], where: str) -> Config:
+    """Check a mapping as read from YAML; ValueError in one line that starts with ``where``."""
+    try:
+        return Config.model_validate(value)
+    except ValidationError as error:
+        raise ValueError(f"{where}: {_one_line(error)}") from None
+
+
+def _apply(value: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.split(".")
+    if not equals or not all(parts):
+        raise ValueError(f"override {override!r} is not of the form section.key=value")
+    for part in parts[:-1]:
+        value = value.setdefault(part, {})
+        if not isinstance(value, dict):
+            raise ValueError(f"override {override!r}: {part} is not a section")
+    try:
+        value[parts[-1]] = yaml.safe_load(text) if text else None
+    except yaml.YAMLError:
+        raise ValueError(f"override {override!r}: {text!r} is not a YAML value") from None
+
+
+def _one_line(error: ValidationError, section: str = "") -> str:
+    """The first problem, in words; how many more there are."""
+    problems = error.errors()
+    first = problems[0]
+    key = ".".join(str(part) for part in (*([section] if section else []), *first["loc"]))
+    if key == "model":  # said in full by _parse_model or by a check of the whole section
+        text = first["msg"].removeprefix("Value error, ")
+    elif first["type"] == "extra_forbidden":
+        text = f"unknown key {key}{_nearest(key)}"
+    elif first["type"] == "missing":
+        text = f"{key} is missing: set it"
+    else:
+        message = first["msg"].removeprefix("Value error, ")
+        given = "" if isinstance(first["input"], dict | BaseModel) else f" = {first['input']!r}"
+        text = f"{key}{given}: {message}" if key else message
+    more = len(problems) - 1
+    return text + (f" (and {more} more problem{'s' if more > 1 else ''})" if more else "")
+
+
+def _nearest(key: str) -> str:
+    close = difflib.get_close_matches(key, _known_keys(), n=1, cutoff=0.0)
+    return f": did you mean {close[0]}?" if close else ""
+
+
+def _known_keys() -> list[str]:
+    from .models import ARCHITECTURES
+
+    keys: list[str] = []
+    for name, field in Config.model_fields.items():
+        if name == "model":
+            keys += sorted({f"model.{k}" for cls in ARCHITECTURES.values() for k in cls.config_class.model_fields})
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            keys += [f"{name}.{key}" for key in field.annotation.model_fields]
+        else:
+            keys.append(name)
+    return keys

@@ -1,0 +1,206 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import math
+import os
+import resource
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..kernels.dropout import DropoutKey
+from ..parallel.mesh import Mesh, local_device
+from . import run
+from .batch import Batch
+from .config import Config, check_world
+from .losses import Counts, LossFunction, Losses
+from .metrics import (
+    MetricsWriter,
+    StepMetrics,
+    ValidationMetrics,
+    model_flops_utilization,
+    peak_flops_per_second,
+)
+from .models import architecture
+from .schedule import learning_rate
+
+
+def train(config: Config, *, resume: str = "auto") -> None:
+    """Train as the configuration says; called on every rank, with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set.
+
+    ``resume``: "auto" continues from the run folder's latest checkpoint if it has one, "never" refuses to, a path
+    continues from that checkpoint.  ValueError in one line for what does not fit together.
+    """
+    device = local_device(int(os.environ.get("LOCAL_RANK", "0")))
+    check_world(config, int(os.environ["WORLD_SIZE"]), device)
+    config, vocabulary = run.with_tokenizer(config)
+    objective = run.objective_of(config, vocabulary, "train")
+    mesh = Mesh.create(
+        config.parallel.tensor, config.parallel.pipeline, device=device, timeout_seconds=config.training.timeout_seconds
+    )
+    try:
+        _train(config, mesh, Evaluation(config, mesh, vocabulary), objective, run.find_start(config, mesh, resume))
+    finally:
+        mesh.destroy()
+
+
+def _train(config: Config, mesh: Mesh, evaluation: Evaluation, objective: Any, start: run.Start) -> None:
+    loss_function = LossFunction(config.heads)
+    engine = run.build_engine(config, mesh, start, loss_function)
+    training, schedule, save = config.training, config.schedule, config.checkpoint
+    row_flops = architecture(config.model.model_type).flops_per_row(
+        config.model, config.data.sequence_length, objective.predictions_per_row
+    )
+    if mesh.is_writer:
+        run.write_config(config)
+    loader = run.loader_of(
+        config, objective, mesh, rows=training.global_batch_size, prefetch=config.data.prefetch_steps
+    )
+    writer = MetricsWriter(
+        config.run_dir,
+        is_writer=mesh.is_writer,
+        total_steps=training.steps,
+        resumed_step=start.step,
+        tensorboard=config.logging.tensorboard,
+        config_text=config.to_yaml(),
+        console_interval=config.logging.interval,
+    )
+    with writer, loader:
+        writer.message(_greeting(config, mesh, start))
+        for step in range(start.step, training.steps):
+            began = time.perf_counter()
+            batch = loader.batch(step)
+            waited = time.perf_counter() - began
+            counts = Counts.of(batch, mesh)
+            rate = learning_rate(
+                step,
+                peak=config.optimizer.lr,
+                total_steps=training.steps,
+                warmup_steps=schedule.warmup_steps,
+                name=schedule.name,
+                minimum_ratio=schedule.minimum_ratio,
+                decay_steps=schedule.decay_steps,
+            )
+            result = engine.train_batch(
+                batch.split(training.micro_batch_size),
+                stage_runner(mesh, DropoutSchedule(training.seed, step)),
+                lambda outputs, microbatch, counts=counts: loss_function(outputs, microbatch, counts),
+                learning_rate=rate,
+            )
+            losses = loss_function.means(result.statistics, counts)
+            seconds = time.perf_counter() - began
+            done = step + 1
+            writer.train(
+                StepMetrics(
+                    step=done,
+                    loss=losses.loss,
+                    grad_norm=result.gradient_norm,
+                    lr=rate,
+                    tokens=int(counts.tokens),
+                    tokens_per_second=counts.tokens / seconds,
+                    step_seconds=seconds,
+                    data_wait_seconds=waited,
+                    model_flops_utilization=_utilization(row_flops * counts.rows / seconds, mesh),
+                    peak_memory_bytes=_peak_memory(mesh),
+                    parts=losses.parts,
+                )
+            )
+            _require_finite(losses.loss, result.gradient_norm, done)
+            if evaluation.due(done):
+                evaluation(engine, writer, done)
+            if done == training.steps or (save.interval and done % save.interval == 0):
+                writer.sync()
+                writer.message(f"saved {run.save_checkpoint(config, mesh, engine, done)}")
+
+
+class Evaluation:
+    """Loss and accuracy on the validation split: the same rows and masks every time."""
+
+    def __init__(self, config: Config, mesh: Mesh, vocabulary: Any) -> None:
+        self.config, self.mesh = config, mesh
+        self.loss_function = LossFunction(config.heads)
+        self.objective = run.objective_of(config, vocabulary, "validation") if config.evaluation.interval else None
+
+    def due(self, done: int) -> bool:
+        interval = self.config.evaluation.interval
+        return interval > 0 and (done % interval == 0 or done == self.config.training.steps)
+
+    def __call__(self, engine: Any, writer: MetricsWriter, done: int) -> None:
+        losses = self.measure(engine)
+        parts = dict(losses.parts)
+        if losses.sentence_accuracy is not None:
+            parts["sentence_accuracy"] = losses.sentence_accuracy
+        writer.validation(ValidationMetrics(done, losses.loss, losses.lm_accuracy, parts))
+
+    def measure(self, engine: Any) -> Losses:
+        """Global means over ``evaluation.rows`` rows; collective."""
+        assert self.objective is not None, "evaluation.interval is 0"
+        loader = run.loader_of(self.config, self.objective, self.mesh, rows=self.config.evaluation.rows, prefetch=0)
+        batch = loader.make(0)
+        counts = Counts.of(batch, self.mesh)
+        sums = engine.eval_batch(
+            batch.split(self.config.training.micro_batch_size),
+            stage_runner(self.mesh, None),
+            lambda outputs, microbatch: self.loss_function(outputs, microbatch, counts),
+        )
+        return self.loss_function.means(sums, counts)
+
+
+class DropoutSchedule:
+    """Keys of the dropout masks of one step."""
+
+    def __init__(self, seed: int, step: int) -> None:
+        self.seed, self.step = seed, step
+
+    def key(self, samples: Tensor) -> DropoutKey:
+        return DropoutKey(self.seed, self.step, samples)
+
+
+def stage_runner(mesh: Mesh, dropout: DropoutSchedule | None) -> Callable[..., Any]:
+    """How the engine runs its stage on a microbatch; without dropout (evaluation) correct guesses are counted."""
+
+    def run_stage(module: Callable[..., Any], batch: Batch, received: Tensor | None) -> Any:
+        batch = batch.to(mesh.device)
+        key = None if dropout is None else dropout.key(batch.sample_ids)
+        return module(batch, received, dropout=key, count_correct=dropout is None)
+
+    return run_stage
+
+
+def _greeting(config: Config, mesh: Mesh, start: run.Start) -> str:
+    begins = "from initial values" if start.reader is None else f"from {start.reader.folder}"
+    return (
+        f"{config.model.model_type}, {config.objective.name}, {config.training.dtype}, {mesh.describe()}, "
+        f"ZeRO {run.layout_of(config, mesh)['zero_stage']} on {mesh.device.type}: steps {start.step + 1} to "
+        f"{config.training.steps} {begins}"
+    )
+
+
+def _require_finite(loss: float, norm: float, step: int) -> None:
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise ValueError(
+            f"step {step} has loss {loss} and gradient norm {norm}: nothing was saved since the last checkpoint; lower "
+            "optimizer.lr, lengthen schedule.warmup_steps or use float32"
+        )
+
+
+def _utilization(flops_per_second: float, mesh: Mesh) -> float | None:
+    name = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else None
+    return model_flops_utilization(flops_per_second / mesh.size, peak_flops_per_second(name))
+
+
+def _peak_memory(mesh: Mesh) -> int:
+    """The largest over the ranks: of the device, or of the process where there is no GPU."""
+    if mesh.device.type == "cuda":
+        local = torch.cuda.max_memory_allocated(mesh.device)
+    else:
+        local = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = torch.tensor([local], dtype=torch.int64, device=mesh.device)
+    if mesh.size > 1:
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+    return int(peak.item())
