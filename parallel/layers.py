@@ -139,17 +139,13 @@ class VocabParallelEmbedding(tensor_parallel.VocabParallelEmbedding):
     ids: [s, b] int64 → [s, b, features].  A look-up of ``padding_index`` sends no gradient to its row.
     """
 
-    def __init__(
-        self, mesh: Mesh, rows: int, features: int, *, std: float, padding_index: int | None, tied_to: str | None = None
-    ) -> None:
-        padded = padded_vocabulary(rows, mesh.tensor.size)
+    def __init__(self, mesh: Mesh, rows: int, features: int, *, std: float, padding_index: int | None) -> None:
         super().__init__(
-            padded, features, init_method=None, config=_core_config(mesh),
+            padded_vocabulary(rows, mesh.tensor.size), features, init_method=None, config=_core_config(mesh),
             tp_group=None if mesh.tensor.size == 1 else mesh.tensor.group,
         )  # fmt: skip
         self.tensor_size, self.padding_index = mesh.tensor.size, padding_index
-        logical = Logical((rows, features), dim=0, padded=padded, std=std, zero_row=padding_index, tied_to=tied_to)
-        _describe(self.weight, logical, split=True)
+        _describe(self.weight, word_table(mesh, rows, features, std=std, padding_index=padding_index), split=True)
 
     def forward(self, ids: Tensor) -> Tensor:
         if self.tensor_size == 1:
@@ -160,6 +156,14 @@ class VocabParallelEmbedding(tensor_parallel.VocabParallelEmbedding):
         return torch.where((ids == self.padding_index).unsqueeze(-1), x.detach(), x)
 
 
+def word_table(
+    mesh: Mesh, rows: int, features: int, *, std: float, padding_index: int | None, tied_to: str | None = None
+) -> Logical:
+    """What a table of words looks like, as input embedding and as output weight."""
+    padded = padded_vocabulary(rows, mesh.tensor.size)
+    return Logical((rows, features), dim=0, padded=padded, std=std, zero_row=padding_index, tied_to=tied_to)
+
+
 def padded_vocabulary(size: int, tensor: int) -> int:
     multiple = VOCABULARY_MULTIPLE * tensor
     return (size + multiple - 1) // multiple * multiple
@@ -168,13 +172,11 @@ def padded_vocabulary(size: int, tensor: int) -> int:
 class VocabParallelHead(nn.Module):
     """Logits over a vocabulary split over the tensor group, and the cross-entropy of them.
 
-    The weight [padded/tensor, features] is passed in (the word embedding's where the two are tied) or owned here; the
-    bias is always its own.  Padding entries of the vocabulary take no part.
+    The weight [padded/tensor, features] is passed in with each call: the word embedding's, or the one owned here, which
+    ``weight`` describes (None: none is).  The bias is its own.  Padding entries of the vocabulary take no part.
     """
 
-    def __init__(
-        self, mesh: Mesh, size: int, features: int, *, std: float, own_weight: bool, tied_to: str | None
-    ) -> None:
+    def __init__(self, mesh: Mesh, size: int, features: int, *, weight: Logical | None) -> None:
         super().__init__()
         self.axis, self.size = mesh.tensor, size
         padded = padded_vocabulary(size, mesh.tensor.size)
@@ -187,10 +189,9 @@ class VocabParallelHead(nn.Module):
         self.register_buffer("padding_bias", padding_bias, persistent=False)
         _describe(self.bias, Logical((size,), dim=0, padded=padded, decay=False), split=True)
         self.weight: nn.Parameter | None = None
-        if own_weight:
+        if weight is not None:
             self.weight = nn.Parameter(torch.empty(self.part, features))
-            logical = Logical((size, features), dim=0, padded=padded, std=std, tied_to=tied_to)
-            _describe(self.weight, logical, split=True)
+            _describe(self.weight, weight, split=True)
 
     def local_logits(self, x: Tensor, weight: Tensor) -> Tensor:
         """x: [..., features] → this rank's logits [..., padded/tensor], padding at PADDING_LOGIT."""

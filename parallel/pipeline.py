@@ -49,7 +49,7 @@ class Schedule:
         self.mesh = mesh
         self.config = TransformerConfig(
             num_layers=mesh.pipeline.size,  # the layers are the stage's own business
-            num_attention_heads=1,
+            num_attention_heads=mesh.tensor.size,
             hidden_size=hidden_size,
             tensor_model_parallel_size=mesh.tensor.size,
             pipeline_model_parallel_size=mesh.pipeline.size,

@@ -160,9 +160,7 @@ class LanguageModel(nn.Module):
         if stage.last:
             self.final_norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
             if "lm" in heads:
-                tied = "embeddings.words.weight" if config.tie_word_embeddings else None
-                own = not (config.tie_word_embeddings and stage.first)
-                self.lm_head = LanguageModelHead(config, mesh, self.head_activation(), own_weight=own, tied_to=tied)
+                self.lm_head = LanguageModelHead(config, mesh, self.head_activation(), holds_embedding=stage.first)
             if "nsp" in heads:
                 self.sentence_head = SentenceHead(config)
 

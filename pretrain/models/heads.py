@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.activation import ACTIVATIONS
-from ...parallel.layers import LayerNorm, Linear, VocabParallelHead
+from ...parallel.layers import LayerNorm, Linear, VocabParallelHead, word_table
 from ...parallel.mesh import Mesh
+from ...parallel.sharding import Logical
 
 if TYPE_CHECKING:
     from .base import ModelConfig
@@ -20,15 +21,20 @@ class LanguageModelHead(nn.Module):
     """Dense, activation, norm, then the (usually tied) word embedding as output weight, plus a bias a token
     (arXiv 1810.04805, as released)."""
 
-    def __init__(
-        self, config: ModelConfig, mesh: Mesh, activation: str, *, own_weight: bool, tied_to: str | None
-    ) -> None:
+    def __init__(self, config: ModelConfig, mesh: Mesh, activation: str, *, holds_embedding: bool) -> None:
+        """``holds_embedding``: the stage has the word embedding, so a tied head needs no copy of it."""
         super().__init__()
-        h, std = config.hidden_size, config.initializer_range
+        h, v, std = config.hidden_size, config.vocab_size, config.initializer_range
         self.dense = Linear(h, h, std=std)
         self.activation = ACTIVATIONS[activation]
         self.norm = LayerNorm(h, config.layer_norm_eps)
-        self.decoder = VocabParallelHead(mesh, config.vocab_size, h, std=std, own_weight=own_weight, tied_to=tied_to)
+        weight: Logical | None = None
+        if not config.tie_word_embeddings:
+            weight = word_table(mesh, v, h, std=std, padding_index=None)
+        elif not holds_embedding:
+            padding = config.pad_token_id
+            weight = word_table(mesh, v, h, std=std, padding_index=padding, tied_to="embeddings.words.weight")
+        self.decoder = VocabParallelHead(mesh, v, h, weight=weight)
 
     def transform(self, hidden: Tensor) -> Tensor:
         return self.norm(self.activation(self.dense(hidden)))
