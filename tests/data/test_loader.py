@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from farspan.pretrain.batch import Batch
+from farspan.pretrain.data.loader import Loader
+
+
+class Counting:
+    """Stands in for an objective: each row is its index."""
+
+    def __init__(self, fail_at=None, seconds=0.0):
+        self.made = []
+        self.fail_at = fail_at
+        self.seconds = seconds
+
+    def batch(self, indices: np.ndarray) -> Batch:
+        time.sleep(self.seconds)
+        if self.fail_at in indices:
+            raise RuntimeError("the disk is gone")
+        self.made.append(indices[0])
+        rows = torch.from_numpy(indices)[:, None]
+        return Batch(rows, rows, rows, rows, rows[:, 0], "full", rows, rows.float())
+
+
+def threads():
+    return [thread for thread in threading.enumerate() if thread.name == "farspan-loader"]
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left():
+    yield
+    assert not threads()
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, 3])
+@pytest.mark.parametrize("start", [0, 1_000_000])
+def test_ranks_share_each_global_batch(prefetch, start):
+    seen = []
+    for rank in range(3):
+        with Loader(Counting(), 12, data_rank=rank, data_size=3, prefetch=prefetch) as loader:
+            seen.append(torch.stack([batch.sample_ids for batch in loader.steps(start, start + 4)]))
+    together = torch.cat(seen, dim=1)
+    assert together.flatten().tolist() == list(range(start * 12, (start + 4) * 12))
+
+
+def test_steps_in_any_order():
+    with Loader(Counting(), 2) as loader:
+        for step in (5, 6, 2, 3, 3, 9):
+            assert loader.batch(step).sample_ids.tolist() == [2 * step, 2 * step + 1]
+            assert len(threads()) == 1
+
+
+def test_batches_are_made_ahead_but_not_without_bound():
+    objective = Counting()
+    with Loader(objective, 1, prefetch=3) as loader:
+        loader.batch(0)
+        time.sleep(0.3)
+        assert 3 <= len(objective.made) <= 5
+
+
+def test_waiting_is_measured():
+    with Loader(Counting(seconds=0.05), 1, prefetch=2) as loader:
+        for step in range(4):
+            loader.batch(step)
+        assert loader.wait_seconds > 0.15
+        time.sleep(0.3)
+        waited = loader.wait_seconds
+        loader.batch(4)
+        assert loader.wait_seconds - waited < 0.04
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_errors_reach_the_consumer(prefetch):
+    loader = Loader(Counting(fail_at=2), 1, prefetch=prefetch)
+    assert [loader.batch(step).sample_ids.item() for step in range(2)] == [0, 1]
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="the disk is gone"):
+            loader.batch(2)
+    assert loader.batch(3).sample_ids.item() == 3
+    loader.close()
+
+
+def test_errors_are_one_clear_line():
+    with pytest.raises(ValueError, match="10 rows does not split over 4 data ranks: set it to a multiple of 4"):
+        Loader(Counting(), 10, data_size=4)
+    with pytest.raises(ValueError, match="outside"):
+        Loader(Counting(), 8, data_rank=4, data_size=4)
