@@ -24,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ...version import __version__
-from .files import replacing, write_json
+from ..files import replacing, write_json
 from .hashing import Int64, hash64, uniform
 from .sources import FORMATS, SEPARATORS, Piece, Reading, find_sources, plan_shards, read_documents
 from .store import MANIFEST, SPLITS, read_manifest, token_dtype, write_index, write_manifest, write_shard

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .files import replacing, write_json
+from ..files import replacing, write_json
 from .hashing import Int64
 
 FORMAT = "farspan-tokens"

@@ -21,7 +21,7 @@ from tokenizers import (
     trainers,
 )
 
-from .files import write_json
+from ..files import write_json
 from .hashing import Int64
 
 TOKENIZER_FILE = "tokenizer.json"
