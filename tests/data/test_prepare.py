@@ -3,6 +3,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -57,6 +58,19 @@ def test_every_document_is_in_one_split(text, whole):
     assert manifest["vocabulary_size"] == 300 and manifest["dtype"] == "<u2"
     assert sum(shard["tokens"] for shard in manifest["splits"]["train"]["shards"]) == splits[0].tokens
     assert {p.name for p in whole.iterdir()} == {"dataset.json", "tokenizer", "train", "validation"}
+
+
+def test_the_tokenizer_does_not_learn_from_validation(text, whole, tmp_path, monkeypatch):
+    seen = []
+
+    def learn(kind, texts, out, **options):
+        seen.extend(texts)
+        shutil.copytree(whole / "tokenizer", out)
+
+    monkeypatch.setattr(preparing, "train_tokenizer", learn)
+    prepare([text[0]], tmp_path / "data", processes=1, **OPTIONS)
+    theirs, store = AutoTokenizer.from_pretrained(whole / "tokenizer"), TokenStore(whole)
+    assert sorted(seen) == sorted(theirs.decode(store.document(index)) for index in range(store.documents))
 
 
 def test_processes_do_not_change_the_result(text, whole, tmp_path):

@@ -180,6 +180,14 @@ def test_a_row_is_the_same_alone_in_a_batch_and_after_a_restart(folder, kind, s)
     assert rows.epoch_of(np.array([0, rows.rows_per_epoch - 1, rows.rows_per_epoch])).tolist() == [0, 0, 1]
 
 
+def test_packed_rows_are_cut_elsewhere_in_each_epoch(folder):
+    store, _ = make_store(folder, [[100] * 20])
+    rows = PackedRows(store, VOCABULARY, 64, 0)
+    turns = rows.rotation(np.arange(50))
+    assert turns.min() >= 0 and turns.max() < rows.framed_tokens
+    assert len(np.unique(turns % 64)) > 20 and turns.max() - turns.min() > rows.framed_tokens / 2
+
+
 def test_padded_rows_over_many_blocks(folder):
     lengths = np.random.default_rng(0).integers(1, 20, 1000).tolist()
     store, documents = make_store(folder, [lengths])

@@ -81,8 +81,11 @@ def test_lowercase(tmp_path):
 def test_special_tokens_in_the_text_are_text(folders, kind):
     special = set(Vocabulary.from_folder(folders / kind).special_ids)
     unknown = Vocabulary.from_folder(folders / kind).unk_id
-    ids = Encoder(folders / kind).encode(["a <mask> b </s> <s> [MASK] [SEP]"])[0]
+    text = "a <mask> b </s> <s> [MASK] [SEP]"
+    ids = Encoder(folders / kind).encode([text])[0]
     assert len(ids) and not set(ids.tolist()) & (special - {unknown})
+    if kind == "bpe":
+        assert AutoTokenizer.from_pretrained(folders / kind).decode(ids) == text
 
 
 def test_vocabulary_of_added_tokens_and_gaps(folders, tmp_path):
