@@ -4,9 +4,10 @@ Nothing is drawn from a generator with a state, so the masks do not depend on ho
 spread over ranks, and a resumed run sees the masks that the uninterrupted one saw.
 
 The row key is 64 bits, mixed by the finalizer of SplitMix64 (Steele et al., "Fast splittable pseudorandom number
-generators", OOPSLA 2014).  From it and the index of a pair of features, two rounds of the 32-bit finalizer of MurmurHash3
-(multipliers from H. Prospector's low-bias search) give 32 bits: the low 16 decide the even feature, the high 16 the odd
-one.  A probability is therefore a multiple of 2^-16, and kept values are scaled by the exact inverse of what is kept.
+generators", OOPSLA 2014).  From it and the index of a pair of features, two rounds of the 32-bit finalizer of
+MurmurHash3 (multipliers from H. Prospector's low-bias search) give 32 bits: the low 16 decide the even feature, the
+high 16 the odd one.  A probability is therefore a multiple of 2^-16, and kept values are scaled by the exact inverse of
+what is kept.
 """
 
 from __future__ import annotations

@@ -9,7 +9,10 @@ from .dropout import dropout_add
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Normalise over the last dimension; statistics in float32 at least.  x: [..., features]; weight, bias: [features]."""
+    """Normalise over the last dimension, statistics in float32 at least.
+
+    x: [..., features]; weight, bias: [features].
+    """
     return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
 
 

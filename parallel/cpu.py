@@ -1,7 +1,7 @@
 """What megatron-core needs to run where there is no GPU.
 
-It names the current CUDA device in its mappings, schedules and point-to-point buffers.  With ``patch()`` those names mean
-the CPU; inside ``cuda_means_cpu()`` a literal ``device="cuda"`` does too.  Both do nothing where there is a GPU.
+It names the current CUDA device in its mappings, schedules and point-to-point buffers.  With ``patch()`` those names
+mean the CPU; inside ``cuda_means_cpu()`` a literal ``device="cuda"`` does too.  Both do nothing where there is a GPU.
 """
 
 from __future__ import annotations

@@ -94,6 +94,7 @@ class Linear(nn.Linear):
 
     def __init__(self, inputs: int, outputs: int, *, std: float) -> None:
         super().__init__(inputs, outputs)
+        self.weight: nn.Parameter
         _describe(self.weight, Logical((outputs, inputs), std=std), split=False)
         _describe(self.bias, Logical((outputs,), decay=False), split=False)
 
@@ -175,6 +176,8 @@ class VocabParallelHead(nn.Module):
     The weight [padded/tensor, features] is passed in with each call: the word embedding's, or the one owned here, which
     ``weight`` describes (None: none is).  The bias is its own.  Padding entries of the vocabulary take no part.
     """
+
+    padding_bias: Tensor
 
     def __init__(self, mesh: Mesh, size: int, features: int, *, weight: Logical | None) -> None:
         super().__init__()

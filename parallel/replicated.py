@@ -92,7 +92,7 @@ class ReplicatedOptimizer:
         self.optimizer.step()
         if self.mixed:
             with torch.no_grad():
-                torch._foreach_copy_(self.parameters, self.masters)
+                torch._foreach_copy_([*self.parameters], self.masters)
         return norm
 
     def _norm(self) -> float:

@@ -1,8 +1,8 @@
 """How a local parameter lies in its logical tensor, and the initial values that follow from that.
 
 A logical tensor has a name and a shape that do not depend on the layout.  A rank holds all of it, or one slice of one
-dimension (after padding that dimension, for vocabularies), reshaped.  Initial values, checkpoints and conversion are all
-written against logical tensors.
+dimension (after padding that dimension, for vocabularies), reshaped.  Initial values, checkpoints and conversion are
+all written against logical tensors.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Logical:
         """This rank's part of a logical tensor, in the parameter's own shape."""
         if tuple(full.shape) != self.shape:
             raise ValueError(f"a tensor of shape {tuple(full.shape)} was given where {self.shape} is needed")
-        if self.dim is None or axis.size == 1 and self.padded in (None, self.shape[self.dim or 0]):
+        if self.dim is None or (axis.size == 1 and self.padded in (None, self.shape[self.dim or 0])):
             return full.reshape(tuple(local_shape))
         length = self.padded or self.shape[self.dim]
         part = length // axis.size

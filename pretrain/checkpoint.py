@@ -41,8 +41,8 @@ class Manifest:
 
     ``model``: the model section of the configuration; ``heads``: which heads it has; ``layout``: sizes it was saved
     under (empty: weights alone); ``tensors``: logical name → {shape, dim, shards: [{file, start, stop}]};
-    ``trainer``: what a resume needs beside tensors; ``huggingface``: config.json and second tensor names of the folder it
-    was imported from; ``config``: the whole resolved configuration.
+    ``trainer``: what a resume needs beside tensors; ``huggingface``: config.json and second tensor names of the folder
+    it was imported from; ``config``: the whole resolved configuration.
     """
 
     step: int
@@ -77,8 +77,8 @@ def local_slices(
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
     """This rank's part of the weights: ({name: slice without padding}, {name: manifest entry}).
 
-    ``parameters``: (name, parameter, its whole local value).  Second copies of tied tensors are left out, and so is what
-    every tensor rank holds, but on the first.
+    ``parameters``: (name, parameter, its whole local value).  Second copies of tied tensors are left out, and so is
+    what every tensor rank holds, but on the first.
     """
     tensors: dict[str, Tensor] = {}
     entries: dict[str, dict[str, Any]] = {}

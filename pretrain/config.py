@@ -268,8 +268,8 @@ def check_world(config: Config, world_size: int, device: torch.device) -> int:
     rows = config.training.micro_batch_size * data
     if config.evaluation.interval and config.evaluation.rows % rows:
         raise ValueError(
-            f"evaluation.rows {config.evaluation.rows} does not divide by training.micro_batch_size × {data} data ranks "
-            f"({rows}): set a multiple of it"
+            f"evaluation.rows {config.evaluation.rows} does not divide by training.micro_batch_size "
+            f"{config.training.micro_batch_size} × {data} data ranks: set a multiple of {rows}"
         )
     return data
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import resource
@@ -18,7 +19,7 @@ from ..parallel.mesh import Mesh, local_device
 from . import run
 from .batch import Batch
 from .config import Config, check_world
-from .losses import Counts, LossFunction, Losses
+from .losses import Counts, Losses, LossFunction
 from .metrics import (
     MetricsWriter,
     StepMetrics,
@@ -89,7 +90,7 @@ def _train(config: Config, mesh: Mesh, evaluation: Evaluation, objective: Any, s
             result = engine.train_batch(
                 batch.split(training.micro_batch_size),
                 stage_runner(mesh, DropoutSchedule(training.seed, step)),
-                lambda outputs, microbatch, counts=counts: loss_function(outputs, microbatch, counts),
+                functools.partial(loss_function, counts=counts),
                 learning_rate=rate,
             )
             losses = loss_function.means(result.statistics, counts)
@@ -146,7 +147,7 @@ class Evaluation:
         sums = engine.eval_batch(
             batch.split(self.config.training.micro_batch_size),
             stage_runner(self.mesh, None),
-            lambda outputs, microbatch: self.loss_function(outputs, microbatch, counts),
+            functools.partial(self.loss_function, counts=counts),
         )
         return self.loss_function.means(sums, counts)
 

@@ -150,6 +150,8 @@ class LanguageModel(nn.Module):
     config_class: ClassVar[type[ModelConfig]]
     heads_allowed: ClassVar[tuple[str, ...]] = ("lm",)
     embedding_norm: ClassVar[bool] = False
+    embeddings: Embeddings  # on the first stage
+    lm_head: LanguageModelHead  # on the last, where the heads include it
 
     def __init__(self, config: ModelConfig, mesh: Mesh, *, stage: Stage, heads: tuple[str, ...]) -> None:
         super().__init__()
@@ -170,7 +172,7 @@ class LanguageModel(nn.Module):
         """The layer of this index: forward(hidden [s, b, h], Context) → [s, b, h]."""
         raise NotImplementedError
 
-    def make_embeddings(self) -> nn.Module:
+    def make_embeddings(self) -> Embeddings:
         return Embeddings(self.config, self.mesh, norm=self.embedding_norm, positions=self.uses_position_table())
 
     def uses_position_table(self) -> bool:
@@ -265,11 +267,13 @@ class LanguageModel(nn.Module):
     def _word_weight(self) -> Tensor:
         if self.config.tie_word_embeddings and self.stage.first:
             return self.embeddings.words.weight
-        return self.lm_head.decoder.weight
+        weight = self.lm_head.decoder.weight
+        assert weight is not None, "an untied head, or one without the embedding beside it, owns its weight"
+        return weight
 
     def tied_word_parameter(self) -> nn.Parameter | None:
         """The copy of the word embedding that this stage shares with another one, if it does."""
-        if not self.config.tie_word_embeddings or self.stage.first and self.stage.last or "lm" not in self.heads:
+        if not self.config.tie_word_embeddings or (self.stage.first and self.stage.last) or "lm" not in self.heads:
             return None
         if self.stage.first:
             return self.embeddings.words.weight

@@ -1,4 +1,4 @@
-"""RoBERTa-PreLayerNorm: RoBERTa (arXiv 1907.11692) with the norms before the branches (arXiv 1806.00187; 2202.08005)."""
+"""RoBERTa-PreLayerNorm: RoBERTa (arXiv 1907.11692), norms before the branches (arXiv 1806.00187, 2202.08005)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class RobertaPreLayerNormConfig(TransformerConfig):
     """Fields and defaults of Hugging Face's RobertaPreLayerNormConfig."""
 
     model_type: str = "roberta-prelayernorm"
-    pad_token_id: int | None = 1
+    pad_token_id: int = 1  # type: ignore[assignment]  # positions are counted from it: it cannot be left out
     bos_token_id: int | None = 0
     eos_token_id: int | None = 2
 
@@ -35,7 +35,7 @@ class RobertaPreLayerNormConfig(TransformerConfig):
         """Absolute positions count from the padding index + 1, so that the table's first rows serve no token."""
         if self.position_embedding_type != "absolute":
             return self.max_position_embeddings
-        return self.max_position_embeddings - (self.pad_token_id or 0) - 1
+        return self.max_position_embeddings - self.pad_token_id - 1
 
 
 class RobertaPreLayerNorm(LanguageModel):
@@ -51,7 +51,7 @@ class RobertaPreLayerNorm(LanguageModel):
         return self.config.position_embedding_type == "absolute"
 
     def position_ids(self, batch: Batch) -> Tensor:
-        padding = self.config.pad_token_id or 0
+        padding = self.config.pad_token_id
         return torch.where(batch.document_ids > 0, batch.positions + padding + 1, padding)
 
     def head_activation(self) -> str:
@@ -60,6 +60,7 @@ class RobertaPreLayerNorm(LanguageModel):
     @classmethod
     def huggingface_batch(cls, config: ModelConfig, batch: Batch) -> Batch:
         """Positions count the tokens that are not the padding token, whatever the attention mask says."""
+        assert isinstance(config, RobertaPreLayerNormConfig)
         real = (batch.input_ids != config.pad_token_id).long()
         # position_ids() adds padding + 1; a padding token has the table's padding row, that is position −1 here.
         return dataclasses.replace(batch, positions=real.cumsum(1) * real - 1)
