@@ -286,8 +286,8 @@ class Reader:
                 f"{name} in {self.folder} has shape {tuple(entry['shape'])}, the model needs {logical.shape}: "
                 "the checkpoint is of another model configuration"
             )
-        if logical.dim is None:
-            return self.tensor(name).reshape(tuple(local_shape))
+        if logical.dim is None or entry["dim"] != logical.dim:  # an imported checkpoint lies there whole
+            return logical.slice(self.tensor(name), axis, tuple(local_shape))
         total, part = logical.shape[logical.dim], logical.local_shape(axis)[logical.dim]
         start = min(axis.rank * part, total)
         stop = min(start + part, total)

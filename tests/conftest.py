@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-pytest.register_assert_rewrite("architecture_suite", "comparison")
+pytest.register_assert_rewrite("architecture_suite", "comparison", "models")
 
 from ranks import Ranks  # noqa: E402
 

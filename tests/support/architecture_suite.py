@@ -1,0 +1,301 @@
+"""What every architecture passes.  Its test module subclasses ``ArchitectureSuite`` and names what it has:
+
+    class TestMegatronBert(ArchitectureSuite):
+        model_type = "megatron-bert"
+        variants = COMMON | RELATIVE_POSITIONS
+
+The reference cases are those of tests/golden whose config.json has this model_type.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from comparison import FLOPS, assert_all_close, assert_close, assert_differs, assert_identical, difference, merge
+from models import Description, Result, dropout_key, loss_of, make_batch, training_pass
+from safetensors.torch import load_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from farspan import load
+from farspan.parallel.mesh import Mesh
+from farspan.parallel.sharding import initialize, logical_of
+from farspan.pretrain import checkpoint as ckpt
+from farspan.pretrain.huggingface import from_huggingface, model_of, to_huggingface
+from farspan.pretrain.models.base import LanguageModel, ModelConfig, Stage
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+# Variants of the tiny model: fields of its configuration.
+COMMON: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "untied": {"tie_word_embeddings": False},
+    "gelu-new": {"hidden_act": "gelu_new", "type_vocab_size": 1},
+    "causal": {"is_decoder": True, "vocab_size": 97},
+    "causal-untied": {"is_decoder": True, "tie_word_embeddings": False, "hidden_act": "relu"},
+    "even-vocabulary": {"vocab_size": 256, "hidden_act": "silu"},
+}
+RELATIVE_POSITIONS: dict[str, dict[str, Any]] = {
+    "relative-key": {"position_embedding_type": "relative_key"},
+    "relative-key-query": {"position_embedding_type": "relative_key_query", "max_position_embeddings": 16},
+    "causal-relative-key": {"position_embedding_type": "relative_key", "is_decoder": True},
+    "causal-relative-key-query": {"position_embedding_type": "relative_key_query", "is_decoder": True},
+}
+ATTENTION = ("full", "padding", "document")
+
+
+def golden_folders(model_type: str) -> list[Path]:
+    found = [path.parent for path in GOLDEN.glob("*/config.json")]
+    return sorted(path for path in found if json.loads((path / "config.json").read_text())["model_type"] == model_type)
+
+
+# What runs on the ranks.
+
+
+def tensor_passes(mesh: Mesh, described: Description, cases: list[tuple[str, bool]]) -> tuple[Any, list[Result]]:
+    """Initial values by name, and a training pass for each (attention, whether with dropout)."""
+    torch.set_num_threads(1)
+    model = described.build(mesh)
+    initialize(model, seed=8, axis=mesh.tensor)
+    initial = {name: (logical_of(p), p.detach().clone()) for name, p in model.named_parameters()}
+    model = described.filled(mesh)
+    return initial, [run_case(model, attention, dropping) for attention, dropping in cases]
+
+
+def run_case(model: LanguageModel, attention: Any, dropping: bool) -> Result:
+    batch = make_batch(model.config, attention)
+    return training_pass(model, batch, dropout_key(batch) if dropping else None)
+
+
+def rewrite_in_shards(mesh: Mesh, source: Path, root: Path) -> None:
+    """Read a checkpoint of weights into a model on this mesh, and save it as a training run of that layout would."""
+    reader = ckpt.Reader(source)
+    cls, config, heads = model_of(reader.manifest)
+    stage = Stage.of(config, mesh.pipeline.rank, mesh.pipeline.size)
+    model = cls(config, mesh, stage=stage, heads=heads)
+    ckpt.load_weights(model, reader, mesh.tensor)
+    save_weights(model, mesh, root, dataclasses.replace(reader.manifest, step=1, tensors={}))
+
+
+def save_weights(model: LanguageModel, mesh: Mesh, root: Path, manifest: ckpt.Manifest) -> Path:
+    parameters = [(name, p, p.detach()) for name, p in model.named_parameters()]
+    weights, entries = ckpt.local_slices(parameters, mesh.tensor, ckpt.weights_file(mesh))
+    return ckpt.save(root, manifest, mesh, weights=weights, entries=entries, optimizer={}, tokenizer=None, keep_last=0)
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tiny tensors: more cost more than they bring
+    yield
+    torch.set_num_threads(threads)
+
+
+class ArchitectureSuite:
+    model_type: ClassVar[str]
+    variants: ClassVar[dict[str, dict[str, Any]]]
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        if "golden" in metafunc.fixturenames:
+            folders = golden_folders(self.model_type)
+            metafunc.parametrize("golden", folders, ids=[folder.name for folder in folders])
+        if "variant" in metafunc.fixturenames:
+            metafunc.parametrize("variant", self.variants)
+
+    @pytest.fixture(autouse=True)
+    def _one_thread(self) -> Iterator[None]:
+        with one_thread():
+            yield
+
+    def described(self, variant: str, **fields: Any) -> Description:
+        return Description(self.model_type, self.variants[variant] | fields)
+
+    # Against the public model classes.
+
+    def test_there_are_reference_cases(self) -> None:
+        assert len(golden_folders(self.model_type)) >= 2
+
+    def test_golden_outputs_and_gradients(self, golden: Path) -> None:
+        inputs, expected = load_file(golden / "inputs.safetensors"), load_file(golden / "outputs.safetensors")
+        model = load(golden)
+        output = model(**inputs)
+        output.loss.backward()
+        real = inputs["attention_mask"] == 1
+        assert_close(output.logits[real], expected["logits"][real], "logits")
+        assert_close(output.loss, expected["loss"], "loss")
+        if "seq_relationship_logits" in expected:
+            assert_close(output.seq_relationship_logits, expected["seq_relationship_logits"], "sentence logits")
+        gradients = {name.removeprefix("grad."): g for name, g in expected.items() if name.startswith("grad.")}
+        # A key bias has no gradient but for rounding (see golden/README.md): its neighbour gives the scale.
+        scale = lambda name: name.replace(".key.bias", ".query.bias")  # noqa: E731
+        assert_all_close(model.huggingface_gradients(), gradients, "gradient of", scale)
+        for name, gradient in gradients.items():
+            if not name.endswith(".key.bias"):
+                assert_differs(model.huggingface_gradients()[name].flatten().roll(1), gradient.flatten(), name)
+
+    def test_golden_needs_every_parameter(self, golden: Path) -> None:
+        """The comparison above sees a change of any parameter that the model reads."""
+        inputs, expected = load_file(golden / "inputs.safetensors"), load_file(golden / "outputs.safetensors")
+        real = inputs["attention_mask"] == 1
+        model = load(golden)
+        for name, parameter in model.network.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            kept = parameter.detach().clone()
+            with torch.no_grad():
+                parameter.mul_(1.1)
+                output = model(**inputs)
+                parameter.copy_(kept)
+            found = difference(output.logits[real], expected["logits"][real])
+            if output.seq_relationship_logits is not None:
+                theirs = expected["seq_relationship_logits"]
+                found = max(found, difference(output.seq_relationship_logits, theirs))
+            assert found > 1e-4, f"{name} does not matter ({found:.1e})"
+
+    def test_export_loads_in_transformers(self, variant: str, tmp_path: Path) -> None:
+        described, mesh = self.described(variant), Mesh.solo()
+        ours = described.filled(mesh).eval()
+        saved = save_weights(ours, mesh, tmp_path, ckpt.Manifest(1, described.config.model_dump(), described.heads, {}))
+        to_huggingface(saved, tmp_path / "hf")
+        batch = make_batch(described.config, "padding")
+        mask = (batch.document_ids > 0).long()
+        inputs = {"input_ids": batch.input_ids, "attention_mask": mask, "token_type_ids": batch.token_type_ids}
+        name = ours.huggingface_class(described.heads, described.config)
+        assert json.loads((tmp_path / "hf/config.json").read_text())["architectures"] == [name]
+        with torch.no_grad():
+            outputs = [
+                ours(batch, output="logits"),
+                *(dataclasses.asdict(load(p)(**inputs)) for p in (saved, tmp_path / "hf")),
+            ]
+            if self.in_transformers(described.config):
+                outputs.append(self._theirs(tmp_path / "hf", name, inputs))
+        for output in outputs[1:]:
+            assert_close(output["logits"][mask == 1], outputs[0]["logits"][mask == 1], "logits")
+            if "nsp" in described.heads:
+                wanted = outputs[0]["seq_relationship_logits"]
+                assert_close(output["seq_relationship_logits"], wanted, "sentence logits")
+
+    def in_transformers(self, config: ModelConfig) -> bool:
+        """Whether the installed transformers computes this configuration: 5 has no relative positions in these."""
+        return getattr(config, "position_embedding_type", "absolute") == "absolute"
+
+    def _theirs(self, folder: Path, name: str, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+        import transformers
+
+        model, told = getattr(transformers, name).from_pretrained(folder, output_loading_info=True)
+        assert not any(told.values()), told
+        output = dict(model.eval()(**inputs))
+        return {"logits": output.pop("prediction_logits", None), **output}
+
+    # Conversion there and back.
+
+    def test_conversion_there_and_back(self, golden: Path, tmp_path: Path) -> None:
+        from_huggingface(golden, tmp_path / "checkpoint")
+        self._assert_exports(tmp_path / "checkpoint", golden, tmp_path / "hf")
+
+    def test_conversion_through_shards(self, ranks: Any, golden: Path, tmp_path: Path) -> None:
+        from_huggingface(golden, tmp_path / "checkpoint")
+        layouts = [{"tensor": 2}]
+        if json.loads((golden / "config.json").read_text())["num_hidden_layers"] > 1:
+            layouts.append({"pipeline": 2})
+        for layout in layouts:
+            root = tmp_path / next(iter(layout))
+            ranks.on_mesh(rewrite_in_shards, tmp_path / "checkpoint", root, **layout)
+            files = sorted(path.name for path in ckpt.find(root).glob("weights-*"))
+            assert len(files) == 2, files
+            self._assert_exports(root, golden, root / "hf")
+
+    def _assert_exports(self, checkpoint: Path, source: Path, out: Path) -> None:
+        from transformers import AutoConfig
+
+        to_huggingface(checkpoint, out)
+        assert_identical(load_file(out / "model.safetensors"), load_file(source / "model.safetensors"))
+        ours, theirs = (AutoConfig.from_pretrained(folder).to_dict() for folder in (out, source))
+        assert {k: v for k, v in ours.items() if k != "_name_or_path"} == {
+            k: v for k, v in theirs.items() if k != "_name_or_path"
+        }
+
+    # One model, however it is spread.
+
+    def test_sharded_equals_whole(self, ranks: Any, variant: str) -> None:
+        described = self.described(variant)
+        cases = [(attention, dropping) for attention in ATTENTION for dropping in (False, True)]
+        whole_initial, whole = tensor_passes(Mesh.solo(), described, cases)
+        (first_initial, first), (second_initial, second) = ranks.on_mesh(tensor_passes, described, cases, tensor=2)
+        assert_identical(
+            {name: merge([first_initial[name], second_initial[name]]) for name in first_initial},
+            {name: merge([value]) for name, value in whole_initial.items()},
+        )
+        for (attention, dropping), expected, *parts in zip(cases, whole, first, second, strict=True):
+            what = f"{attention} attention {'with' if dropping else 'without'} dropout:"
+            for part in parts:
+                assert_all_close(part.outputs, expected.outputs, what)
+            self._assert_same_gradients(parts, expected, what)
+            shifted = {name: (logical, value.roll(1)) for name, (logical, value) in parts[1].gradients.items()}
+            with pytest.raises(AssertionError):
+                self._assert_same_gradients([parts[0], dataclasses.replace(parts[1], gradients=shifted)], expected, "")
+        for without, dropped in zip(whole[::2], whole[1::2], strict=True):
+            assert_differs(dropped.outputs["lm_losses"], without.outputs["lm_losses"], "dropout must matter")
+
+    def _assert_same_gradients(self, parts: list[Result], whole: Result, what: str) -> None:
+        assert_all_close(
+            {name: merge([part.gradients[name] for part in parts]) for name in parts[0].gradients},
+            {name: merge([value]) for name, value in whole.gradients.items()},
+            f"{what} gradient of",
+        )
+
+    def test_dropout_masks_are_keyed_by_step_and_sample(self, variant: str) -> None:
+        described = self.described(variant)
+        model = described.filled(Mesh.solo())
+        batch = make_batch(described.config, "full")
+        losses = model(batch, dropout=dropout_key(batch))["lm_losses"]
+        assert_differs(model(batch, dropout=dropout_key(batch, step=12))["lm_losses"], losses, "another step")
+        moved = dataclasses.replace(batch, sample_ids=batch.sample_ids + 1)
+        assert_differs(model(moved, dropout=dropout_key(moved))["lm_losses"], losses, "another sample")
+        halves = [model(half, dropout=dropout_key(half))["lm_losses"] for half in batch.split(2)]
+        assert_close(torch.cat(halves), losses, "microbatches of another size")
+
+    def test_stages_equal_whole(self, variant: str) -> None:
+        described = self.described(variant)
+        config, mesh = described.config, Mesh.solo()
+        batch = make_batch(config, "document")
+        key = dropout_key(batch)
+        whole = training_pass(described.filled(mesh), batch, key)
+        stages = [described.filled(mesh, Stage.of(config, rank, 2)) for rank in range(2)]
+        assert [len(stage.layers) for stage in stages] == [1, 2]
+        hidden = stages[0](batch, dropout=key)
+        outputs = stages[1](batch, hidden, dropout=key, count_correct=True)
+        loss = loss_of(stages[1], outputs, batch)
+        loss.backward()
+        for name, value in ({"loss": loss} | outputs).items():
+            assert_close(value.detach(), whole.outputs[name], name)
+        gradients: dict[str, torch.Tensor] = {}
+        for stage in stages:
+            for name, parameter in stage.named_parameters():
+                logical = logical_of(parameter)
+                if parameter.grad is not None:
+                    name = logical.tied_to or name
+                    gradients[name] = gradients.get(name, 0) + logical.merge([parameter.grad])
+        assert_all_close(gradients, {name: merge([value]) for name, value in whole.gradients.items()}, "gradient of")
+        tied = [stage.tied_word_parameter() for stage in stages]
+        assert (tied[0] is None, tied[1] is None) == (not config.tie_word_embeddings,) * 2
+
+    # What it costs.
+
+    def test_flops_of_a_training_step(self, variant: str) -> None:
+        described = self.described(variant, vocab_size=512, hidden_size=64, intermediate_size=192)
+        model = described.filled(Mesh.solo())
+        batch = make_batch(described.config, "full")
+        predictions = batch.labels.shape[1]
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            loss_of(model, model(batch), batch).backward()
+        counted = counter.get_total_flops() / batch.rows
+        formula = model.flops_per_row(described.config, batch.input_ids.shape[1], predictions)
+        assert abs(formula / counted - 1) < FLOPS, f"formula {formula:.4g}, counted {counted:.4g}"
