@@ -164,7 +164,8 @@ def test_a_terminal_gets_a_bar_that_starts_where_the_run_resumes(tmp_path: Path)
         metrics.train(step_metrics(9))
         metrics.train(step_metrics(10))
         metrics.message("saved")
-    last = stream.getvalue().split("\r")[-1]
+    first, last = stream.getvalue().split("\r")[1], stream.getvalue().split("\r")[-1]
+    assert "8/10" in first
     assert "10/10" in last
     assert "loss 0.7000" in last
     assert "12.35k tokens/s" in last

@@ -54,10 +54,13 @@ def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
         time.sleep(0.01)
 
 
+def pids(folder: Path) -> list[int]:
+    return [int(path.read_text()) for path in folder.glob("pid*") if path.suffix != ".new"]
+
+
 def assert_none_left(folder: Path) -> None:
-    pids = [int(path.read_text()) for path in folder.glob("pid*") if path.suffix != ".new"]
-    assert pids
-    until(lambda: not any(alive(pid) for pid in pids), 5.0)
+    assert pids(folder)
+    until(lambda: not any(alive(pid) for pid in pids(folder)), 5.0)
 
 
 def test_every_rank_knows_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,6 +196,10 @@ def start_driver(tmp_path: Path):  # type: ignore[no-untyped-def]
     for driver in started:
         if driver.poll() is None:
             driver.kill()
+    for pid in pids(tmp_path):  # where a test failed
+        if alive(pid):
+            os.kill(pid, signal.SIGKILL)
+    for driver in started:
         driver.communicate()
 
 
@@ -233,6 +240,25 @@ def test_an_interrupt_is_passed_on_without_a_report(tmp_path: Path, start_driver
     assert error == b""
     assert read(tmp_path, "interrupted") == ["", "", ""]
     assert_none_left(tmp_path)
+
+
+def test_a_rank_that_ends_first_does_not_cut_the_others_short(tmp_path: Path, start_driver) -> None:  # type: ignore[no-untyped-def]
+    script = f"""
+        mark("ready")
+        try:
+            {HANGS}
+        except KeyboardInterrupt:
+            if rank == 0:
+                wait_for("interrupted-1", "interrupted-2")
+                time.sleep(0.3)
+            mark("interrupted")
+            sys.exit(130)
+    """
+    driver = start_driver(script)
+    driver.send_signal(signal.SIGINT)
+    driver.communicate(timeout=20)
+    assert driver.returncode == 130
+    assert read(tmp_path, "interrupted") == ["", "", ""]
 
 
 def test_a_second_interrupt_kills(tmp_path: Path, start_driver) -> None:  # type: ignore[no-untyped-def]
