@@ -28,14 +28,16 @@ from .metrics import (
     peak_flops_per_second,
 )
 from .models import architecture
+from .objectives import Objective
 from .schedule import learning_rate
 
 
-def train(config: Config, *, resume: str = "auto") -> None:
+def train(config: Config, *, resume: str = "auto", stop_after: int | None = None) -> None:
     """Train as the configuration says; called on every rank, with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set.
 
     ``resume``: "auto" continues from the run folder's latest checkpoint if it has one, "never" refuses to, a path
-    continues from that checkpoint.  ValueError in one line for what does not fit together.
+    continues from that checkpoint.  ``stop_after``: save and stop once so many steps of the run are done, as if
+    interrupted (the schedule still ends at ``training.steps``).  ValueError in one line for what does not fit together.
     """
     device = local_device(int(os.environ.get("LOCAL_RANK", "0")))
     check_world(config, int(os.environ["WORLD_SIZE"]), device)
@@ -45,12 +47,16 @@ def train(config: Config, *, resume: str = "auto") -> None:
         config.parallel.tensor, config.parallel.pipeline, device=device, timeout_seconds=config.training.timeout_seconds
     )
     try:
-        _train(config, mesh, Evaluation(config, mesh, vocabulary), objective, run.find_start(config, mesh, resume))
+        start = run.find_start(config, mesh, resume)
+        last = config.training.steps if stop_after is None else min(stop_after, config.training.steps)
+        _train(config, mesh, Evaluation(config, mesh, vocabulary), objective, start, last)
     finally:
         mesh.destroy()
 
 
-def _train(config: Config, mesh: Mesh, evaluation: Evaluation, objective: Any, start: run.Start) -> None:
+def _train(
+    config: Config, mesh: Mesh, evaluation: Evaluation, objective: Objective, start: run.Start, last: int
+) -> None:
     loss_function = LossFunction(config.heads)
     engine = run.build_engine(config, mesh, start, loss_function)
     training, schedule, save = config.training, config.schedule, config.checkpoint
@@ -73,7 +79,7 @@ def _train(config: Config, mesh: Mesh, evaluation: Evaluation, objective: Any, s
     )
     with writer, loader:
         writer.message(_greeting(config, mesh, start))
-        for step in range(start.step, training.steps):
+        for step in range(start.step, last):
             began = time.perf_counter()
             batch = loader.batch(step)
             waited = time.perf_counter() - began
@@ -89,7 +95,7 @@ def _train(config: Config, mesh: Mesh, evaluation: Evaluation, objective: Any, s
             )
             result = engine.train_batch(
                 batch.split(training.micro_batch_size),
-                stage_runner(mesh, DropoutSchedule(training.seed, step)),
+                stage_runner(mesh, dropout=(training.seed, step)),
                 functools.partial(loss_function, counts=counts),
                 learning_rate=rate,
             )
@@ -114,7 +120,7 @@ def _train(config: Config, mesh: Mesh, evaluation: Evaluation, objective: Any, s
             _require_finite(losses.loss, result.gradient_norm, done)
             if evaluation.due(done):
                 evaluation(engine, writer, done)
-            if done == training.steps or (save.interval and done % save.interval == 0):
+            if done == last or (save.interval and done % save.interval == 0):
                 writer.sync()
                 writer.message(f"saved {run.save_checkpoint(config, mesh, engine, done)}")
 
@@ -146,28 +152,21 @@ class Evaluation:
         counts = Counts.of(batch, self.mesh)
         sums = engine.eval_batch(
             batch.split(self.config.training.micro_batch_size),
-            stage_runner(self.mesh, None),
+            stage_runner(self.mesh, dropout=None),
             functools.partial(self.loss_function, counts=counts),
         )
         return self.loss_function.means(sums, counts)
 
 
-class DropoutSchedule:
-    """Keys of the dropout masks of one step."""
+def stage_runner(mesh: Mesh, *, dropout: tuple[int, int] | None) -> Callable[..., Any]:
+    """How the engine runs its stage on a microbatch.
 
-    def __init__(self, seed: int, step: int) -> None:
-        self.seed, self.step = seed, step
-
-    def key(self, samples: Tensor) -> DropoutKey:
-        return DropoutKey(self.seed, self.step, samples)
-
-
-def stage_runner(mesh: Mesh, dropout: DropoutSchedule | None) -> Callable[..., Any]:
-    """How the engine runs its stage on a microbatch; without dropout (evaluation) correct guesses are counted."""
+    ``dropout``: the (seed, step) that its masks are keyed by; None in evaluation, where correct guesses are counted.
+    """
 
     def run_stage(module: Callable[..., Any], batch: Batch, received: Tensor | None) -> Any:
         batch = batch.to(mesh.device)
-        key = None if dropout is None else dropout.key(batch.sample_ids)
+        key = None if dropout is None else DropoutKey(*dropout, batch.sample_ids)
         return module(batch, received, dropout=key, count_correct=dropout is None)
 
     return run_stage
