@@ -306,9 +306,9 @@ def report(comparisons: list[Comparison], loader: float, out: str | None) -> Non
         "",
         *table,
         "",
-        "*Full rows*: the same tokens on both sides. *Padded*: one document or sentence of the quickstart's text a row,",
-        "cut at 128 tokens, made by transformers' own padding and masking collator; Farspan packs the same text into full",
-        "rows, each piece attending within itself.",
+        "*Full rows*: the same tokens on both sides. *Padded*: one document or sentence of the quickstart's text a",
+        "row, cut at 128 tokens, made by transformers' own padding and masking collator; Farspan packs the same text",
+        "into full rows, each piece attending within itself.",
         "",
     ]
     Path(f"{out}.md").write_text("\n".join(page))

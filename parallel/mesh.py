@@ -63,7 +63,7 @@ class Mesh:
 
     @property
     def is_writer(self) -> bool:
-        """True on the one rank that owns console, metrics and manifests: the first of the last stage has the losses."""
+        """True on the one rank that writes console, metrics and manifests."""
         return self.rank == 0
 
     def describe(self) -> str:

@@ -164,4 +164,4 @@ def load_partition_state(optimizer: torch.optim.Optimizer, tensors: list[Tensor]
         if master is not None:
             tensor.copy_(master)
         device = tensor.device
-        optimizer.state[tensor] = {k: v.to(device) if v.dim() else v.clone() for k, v in own.items()}
+        optimizer.state[tensor] = {k: v.to(device, copy=True) for k, v in own.items()}  # fused: the step count too

@@ -173,6 +173,8 @@ def stage_runner(mesh: Mesh, *, dropout: tuple[int, int] | None) -> Callable[...
 
 
 def _greeting(config: Config, mesh: Mesh, start: run.Start) -> str:
+    if start.step >= config.training.steps and start.reader is not None:
+        return f"{start.reader.folder} has all {config.training.steps} steps: raise training.steps to go on"
     begins = "from initial values" if start.reader is None else f"from {start.reader.folder}"
     return (
         f"{config.model.model_type}, {config.objective.name}, {config.training.dtype}, {mesh.describe()}, "
