@@ -6,7 +6,6 @@ names.  The resolved configuration is saved with the run.
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,14 +13,15 @@ import torch
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
 
-from .models import architecture
+from .models import ARCHITECTURES, architecture
 from .models.base import ModelConfig
 from .objectives import OBJECTIVES
 from .schedule import check_schedule
+from .validation import one_line
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class DataConfig(Section):
@@ -62,7 +62,7 @@ class TrainingConfig(Section):
     steps: int = Field(1000, gt=0, description="optimizer steps of the whole run")
     global_batch_size: int = Field(32, gt=0, description="rows an optimizer step sees, over all ranks")
     micro_batch_size: int = Field(8, gt=0, description="rows that go through a rank at once")
-    seed: int = Field(1234, ge=0, description="of initial values, order, masks and dropout")
+    seed: int = Field(1234, ge=0, lt=2**63, description="of initial values, order, masks and dropout")
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="of weights and activations; masters are float32"
     )
@@ -77,7 +77,6 @@ class TrainingConfig(Section):
 class OptimizerConfig(Section):
     """AdamW (arXiv 1711.05101); weight decay on matrices, not on norms and biases."""
 
-    name: Literal["adamw"] = "adamw"
     lr: float = Field(1e-4, gt=0.0, description="learning rate at the end of the warm-up")
     beta1: float = Field(0.9, ge=0.0, lt=1.0)
     beta2: float = Field(0.98, ge=0.0, lt=1.0)
@@ -130,15 +129,14 @@ class LoggingConfig(Section):
 
 
 def _parse_model(value: Any) -> Any:
+    """The model section, as its architecture reads it."""
     if isinstance(value, ModelConfig):
         return value
-    if not isinstance(value, dict) or "model_type" not in value:
-        raise ValueError("model.model_type is missing: set it to an architecture's name")
-    cls = architecture(value["model_type"]).config_class
-    try:
-        return cls.model_validate(value)
-    except ValidationError as error:
-        raise ValueError(_one_line(error, "model")) from None
+    name = value.get("model_type") if isinstance(value, dict) else None
+    if not isinstance(name, str):
+        given = "missing" if name is None else f"{name!r}"
+        raise ValueError(f"model_type is {given}: set it to one of {', '.join(sorted(ARCHITECTURES))}")
+    return architecture(name).config_class.model_validate(value)
 
 
 class Config(Section):
@@ -160,12 +158,15 @@ class Config(Section):
     def _check(self) -> Config:
         self._check_model()
         self._check_layout()
-        check_schedule(
-            self.schedule.name,
-            total_steps=self.training.steps,
-            warmup_steps=self.schedule.warmup_steps,
-            decay_steps=self.schedule.decay_steps,
-        )
+        try:
+            check_schedule(
+                self.schedule.name,
+                total_steps=self.training.steps,
+                warmup_steps=self.schedule.warmup_steps,
+                decay_steps=self.schedule.decay_steps,
+            )
+        except ValueError as error:
+            raise ValueError(f"schedule: {error}") from None
         return self
 
     def _check_model(self) -> None:
@@ -184,9 +185,12 @@ class Config(Section):
             )
         if self.data.rows not in objective.row_modes:
             wanted = " or ".join(objective.row_modes)
-            raise ValueError(f"objective.name {self.objective.name} needs data.rows {wanted}, it is {self.data.rows}")
+            raise ValueError(
+                f"objective.name {self.objective.name} needs data.rows {wanted}, it is {self.data.rows}: "
+                "set one to fit the other"
+            )
         if self.data.rows == "pairs" and self.model.type_vocab_size < 2:
-            raise ValueError("data.rows pairs needs model.type_vocab_size of at least 2, it is 1")
+            raise ValueError("data.rows pairs needs model.type_vocab_size of at least 2, it is 1: raise it")
         if self.data.sequence_length > self.model.longest_sequence:
             raise ValueError(
                 f"data.sequence_length {self.data.sequence_length} is longer than the model's positions "
@@ -205,7 +209,7 @@ class Config(Section):
         if parallel.pipeline > self.model.num_hidden_layers:
             raise ValueError(
                 f"parallel.pipeline {parallel.pipeline} exceeds model.num_hidden_layers "
-                f"{self.model.num_hidden_layers}: a stage needs a layer"
+                f"{self.model.num_hidden_layers}: set at most that, a stage needs a layer"
             )
         if parallel.zero_stage >= 2 and parallel.pipeline > 1:
             raise ValueError(
@@ -255,11 +259,12 @@ def check_world(config: Config, world_size: int, device: torch.device) -> int:
     """The number of data ranks; ValueError where the ranks, the batch or the dtype do not fit."""
     parallel = config.parallel
     model = parallel.tensor * parallel.pipeline
-    if world_size % model or (parallel.data is not None and world_size != model * parallel.data):
-        data = parallel.data if parallel.data is not None else "any"
+    if world_size % model or parallel.data not in (None, world_size // model):
+        wanted = f"{model * parallel.data}" if parallel.data is not None else f"a multiple of {model}"
+        replicas = f" × data {parallel.data}" if parallel.data is not None else ""
         raise ValueError(
-            f"{world_size} ranks do not make parallel.tensor {parallel.tensor} × pipeline {parallel.pipeline} × "
-            f"data {data}: start another number of ranks or change parallel"
+            f"{world_size} ranks do not make parallel.tensor {parallel.tensor} × pipeline {parallel.pipeline}"
+            f"{replicas}: start {wanted} ranks, or change the parallel section"
         )
     if config.training.dtype == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise ValueError(f"training.dtype bfloat16 is not supported by {torch.cuda.get_device_name()}: set float32")
@@ -278,9 +283,9 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read a YAML file, apply ``section.key=value`` overrides, check everything.  ValueError in one line."""
     path = Path(path)
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist: give the path of a configuration, such as one in configs/") from None
+        value = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a safe loader
+    except (FileNotFoundError, IsADirectoryError):
+        raise ValueError(f"{path} is no file: give the path of a configuration, such as one in configs/") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(value, dict):
@@ -295,7 +300,18 @@ def parse_config(value: dict[str, Any], where: str) -> Config:
     try:
         return Config.model_validate(value)
     except ValidationError as error:
-        raise ValueError(f"{where}: {_one_line(error)}") from None
+        raise ValueError(f"{where}: {one_line(error, known=_known_keys())}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, where YAML would drop the first value without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key, _ in node.value:
+            if keys.count(key.value) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def _apply(value: dict[str, Any], override: str) -> None:
@@ -313,39 +329,12 @@ def _apply(value: dict[str, Any], override: str) -> None:
         raise ValueError(f"override {override!r}: {text!r} is not a YAML value") from None
 
 
-def _one_line(error: ValidationError, section: str = "") -> str:
-    """The first problem, in words; how many more there are."""
-    problems = error.errors()
-    first = problems[0]
-    key = ".".join(str(part) for part in (*([section] if section else []), *first["loc"]))
-    if key == "model":  # said in full by _parse_model or by a check of the whole section
-        text = first["msg"].removeprefix("Value error, ")
-    elif first["type"] == "extra_forbidden":
-        text = f"unknown key {key}{_nearest(key)}"
-    elif first["type"] == "missing":
-        text = f"{key} is missing: set it"
-    else:
-        message = first["msg"].removeprefix("Value error, ")
-        given = "" if isinstance(first["input"], dict | BaseModel) else f" = {first['input']!r}"
-        text = f"{key}{given}: {message}" if key else message
-    more = len(problems) - 1
-    return text + (f" (and {more} more problem{'s' if more > 1 else ''})" if more else "")
-
-
-def _nearest(key: str) -> str:
-    close = difflib.get_close_matches(key, _known_keys(), n=1, cutoff=0.0)
-    return f": did you mean {close[0]}?" if close else ""
-
-
 def _known_keys() -> list[str]:
-    from .models import ARCHITECTURES
-
     keys: list[str] = []
     for name, field in Config.model_fields.items():
+        keys.append(name)
         if name == "model":
             keys += sorted({f"model.{k}" for cls in ARCHITECTURES.values() for k in cls.config_class.model_fields})
         elif isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             keys += [f"{name}.{key}" for key in field.annotation.model_fields]
-        else:
-            keys.append(name)
     return keys

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -22,6 +23,7 @@ from . import checkpoint as ckpt
 from .files import read_json, sync, write_json
 from .models import architecture
 from .models.base import LanguageModel, ModelConfig, Stage
+from .validation import one_line
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt",
@@ -76,7 +78,7 @@ class HuggingFaceFolder:
         fields = {name: self.config[name] for name in cls.config_class.model_fields if name in self.config}
         if self.config.get("pad_token_id", "missing") is None:
             fields["pad_token_id"] = None
-        config = cls.config_class(**fields)
+        config = _parse(cls, fields, self.folder / "config.json")
         for heads in (("lm", "nsp"), ("lm",), ("nsp",), ()):
             if not set(heads) <= set(cls.heads_allowed):
                 continue
@@ -184,7 +186,14 @@ def from_huggingface(folder: str | Path, out: str | Path) -> None:
 def model_of(manifest: ckpt.Manifest) -> tuple[type[LanguageModel], ModelConfig, tuple[str, ...]]:
     """Architecture, configuration and heads of a checkpoint."""
     cls = architecture(manifest.model.get("model_type", ""))
-    return cls, cls.config_class(**manifest.model), manifest.heads
+    return cls, _parse(cls, manifest.model, Path(ckpt.MANIFEST)), manifest.heads
+
+
+def _parse(cls: type[LanguageModel], fields: Mapping[str, Any], where: Path) -> ModelConfig:
+    try:
+        return cls.config_class.model_validate(fields)
+    except ValidationError as error:
+        raise ValueError(f"{where}: {one_line(error)}") from None
 
 
 class _folder:

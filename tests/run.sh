@@ -3,8 +3,9 @@
 #
 #   ./tests/run.sh [pytest's arguments]      such as: ./tests/run.sh tests/kernels -k dropout
 #
-# The first time it makes .venv in the clone and installs what constraints.txt pins; later only where that has changed.
-# FARSPAN_PYTHON=/path/to/python takes the environment of that interpreter, as it is.
+# Uses the active virtual environment where this clone and its test extra are installed in it.  Else it makes .venv in
+# the clone the first time, and installs what constraints.txt pins; later only where that has changed.
+# FARSPAN_PYTHON=python3.x names the interpreter that makes .venv.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
@@ -17,40 +18,50 @@ fail() {
 
 find_python() {
   local candidate
-  for candidate in python3.11 python3.12 python3.13 python3; do
+  for candidate in ${FARSPAN_PYTHON:-python3.11 python3.12 python3.13 python3}; do
     if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
       echo "$candidate"
       return
     fi
   done
-  fail "no Python 3.11 or later is on PATH: install one, or set FARSPAN_PYTHON to an interpreter"
+  fail "no Python 3.11 or later${FARSPAN_PYTHON:+ at $FARSPAN_PYTHON}: install one, or set FARSPAN_PYTHON to its path"
+}
+
+# Whether an interpreter has this clone, and what the tests need.
+is_ready() {
+  "$1" -P - "$root" 2>/dev/null <<'PYTHON'
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+ready = all(find_spec(name) for name in ("hypothesis", "mypy", "pytest", "pytest_timeout", "ruff", "transformers"))
+spec = find_spec("farspan")
+sys.exit(not (ready and spec and Path(spec.origin).resolve().parent == Path(sys.argv[1])))
+PYTHON
 }
 
 make_environment() {
-  python="$root/.venv/bin/python"
-  local base stamp
+  local stamp base
   stamp=".venv/tested-with-$(cat pyproject.toml constraints.txt version.py | cksum | tr ' ' '-')"
-  if [[ -e $stamp && -x $python ]]; then
+  if [[ -e $stamp ]] && is_ready .venv/bin/python; then
     return
   fi
-  echo "== install into .venv (the first time this takes minutes)"
-  if ! "$python" -m pip --version >/dev/null 2>&1; then
+  if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
     base=$(find_python)
     "$base" -m venv --clear .venv || fail "$base could not make a virtual environment: see above"
   fi
-  "$python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+  echo "== install into .venv (the first time this takes minutes)"
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
   rm -f .venv/tested-with-*
   touch "$stamp"
 }
 
-if [[ -n ${FARSPAN_PYTHON:-} ]]; then
-  python=$FARSPAN_PYTHON
+if [[ -n ${VIRTUAL_ENV:-} ]] && is_ready "$VIRTUAL_ENV/bin/python"; then
+  python=$VIRTUAL_ENV/bin/python
 else
   make_environment
+  python=$root/.venv/bin/python
 fi
-found=$("$python" -P -c 'import farspan, os; print(os.path.dirname(os.path.realpath(farspan.__file__)))') ||
-  fail "$python cannot import farspan: $python -m pip install -c constraints.txt -e '.[test]'"
-[[ $found == "$root" ]] || fail "$python imports farspan from $found, not from this clone: install this one, editable"
 
 echo "== ruff"
 "$python" -m ruff check .

@@ -29,7 +29,7 @@ EMBEDDING_DROPOUT = 0  # the only place of dropout of layer -1
 class ModelConfig(BaseModel):
     """The fields that all architectures have, named as in Hugging Face's config.json."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
     model_type: str
     vocab_size: int = Field(0, ge=0, description="0: taken from the prepared data's tokenizer")
@@ -44,7 +44,7 @@ class ModelConfig(BaseModel):
     type_vocab_size: int = Field(2, gt=0)
     initializer_range: float = Field(0.02, gt=0.0)
     layer_norm_eps: float = Field(1e-12, gt=0.0)
-    pad_token_id: int | None = Field(None, description="taken from the prepared data's tokenizer where not set")
+    pad_token_id: int | None = Field(None, ge=0, description="taken from the prepared data's tokenizer where not set")
     bos_token_id: int | None = None
     eos_token_id: int | None = None
     is_decoder: bool = Field(False, description="attend to earlier positions only (the clm objective)")
@@ -60,7 +60,7 @@ class ModelConfig(BaseModel):
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act {self.hidden_act!r} is unknown: choose one of {', '.join(ACTIVATIONS)}")
         if self.vocab_size and self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
-            raise ValueError(f"pad_token_id {self.pad_token_id} is outside the vocabulary of {self.vocab_size}")
+            raise ValueError(f"pad_token_id {self.pad_token_id} is not below vocab_size {self.vocab_size}: lower it")
         return self
 
     @property

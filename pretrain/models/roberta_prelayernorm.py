@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from ..batch import Batch
@@ -22,9 +23,19 @@ class RobertaPreLayerNormConfig(TransformerConfig):
     """Fields and defaults of Hugging Face's RobertaPreLayerNormConfig."""
 
     model_type: str = "roberta-prelayernorm"
-    pad_token_id: int = 1  # type: ignore[assignment]  # positions are counted from it: it cannot be left out
+    # Positions are counted from it: it cannot be left out.
+    pad_token_id: int = Field(1, ge=0)  # type: ignore[assignment]
     bos_token_id: int | None = 0
     eos_token_id: int | None = 2
+
+    @model_validator(mode="after")
+    def _check_positions(self) -> RobertaPreLayerNormConfig:
+        if self.longest_sequence < 1:
+            raise ValueError(
+                f"max_position_embeddings {self.max_position_embeddings} leaves no position: they are counted from "
+                f"pad_token_id {self.pad_token_id} + 1, raise it"
+            )
+        return self
 
     @property
     def position_padding_index(self) -> int | None:
