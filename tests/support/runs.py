@@ -1,0 +1,103 @@
+"""Tiny training runs on real text, through the path of ``farspan train``: data, configurations, what they log."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from farspan.pretrain import checkpoint as ckpt
+from farspan.pretrain.metrics import read_metrics
+
+TEXT = Path(__file__).parents[2] / "launch/text/state-of-the-union-1934-1960.txt"
+
+MODEL = {
+    "model_type": "roberta-prelayernorm",
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 40,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+
+
+def prepare_text(folder: Path) -> Path:
+    """A dataset with a vocabulary of 300: each sentence of 100 kB of text is a document."""
+    from farspan.pretrain.data.prepare import prepare
+
+    text = folder / "text.txt"
+    sentences = re.split(r"(?<=[.?!])\s+", TEXT.read_text(encoding="utf-8")[:100_000])
+    text.write_text("\n\n".join(sentence for sentence in sentences if sentence), encoding="utf-8")
+    prepare([text], folder / "data", vocab_size=300, validation_fraction=0.1, processes=1, progress=False)
+    return folder / "data"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run that has been started: where it lies."""
+
+    folder: Path
+
+    def steps(self) -> list[tuple[float, float]]:
+        """(loss, gradient norm) of every step."""
+        lines = [line for line in read_metrics(self.folder / "metrics.jsonl") if "loss" in line]
+        assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+        return [(line["loss"], line["grad_norm"]) for line in lines]
+
+    def weights(self) -> dict[str, Tensor]:
+        """The logical tensors of the last checkpoint."""
+        reader = ckpt.Reader(ckpt.find(self.folder))
+        return {name: reader.tensor(name) for name in reader.names()}
+
+    def layout(self) -> dict[str, int]:
+        """What the last checkpoint was saved under."""
+        return ckpt.Reader(ckpt.find(self.folder)).manifest.layout
+
+    def validations(self) -> list[tuple[float, float]]:
+        """(loss, accuracy) of every evaluation."""
+        lines = [line for line in read_metrics(self.folder / "metrics.jsonl") if "validation_loss" in line]
+        return [(line["validation_loss"], line["validation_masked_accuracy"]) for line in lines]
+
+
+def settings(data: Path, run_dir: Path, steps: int, overrides: dict[str, Any]) -> dict[str, Any]:
+    """A configuration as YAML would give it; ``overrides`` are section.key → value."""
+    values: dict[str, Any] = {
+        "run_dir": str(run_dir),
+        "model": dict(MODEL),
+        "data": {"folder": str(data), "sequence_length": 32},
+        "training": {"steps": steps, "global_batch_size": 8, "micro_batch_size": 2},
+        "optimizer": {"lr": 1e-3},
+        "schedule": {"name": "constant", "warmup_steps": 3},
+        "logging": {"interval": 1000, "tensorboard": False},
+    }
+    for key, value in overrides.items():
+        section, name = key.split(".")
+        values.setdefault(section, {})[name] = value
+    return values
+
+
+def ranks_of(values: dict[str, Any]) -> int:
+    parallel = values.get("parallel", {})
+    return int(parallel.get("tensor", 1) * parallel.get("pipeline", 1) * parallel.get("data", 1))
+
+
+def train_here(values: dict[str, Any], **options: Any) -> str | None:
+    """On one rank: what ``farspan train`` does there; ``options`` are those of ``train``.  Returns the one line of an
+    error of the user's, or None."""
+    warnings.simplefilter("ignore")
+    from farspan.pretrain.config import parse_config
+    from farspan.pretrain.train import train
+
+    try:
+        train(parse_config(values, "a test"), **options)
+    except (ValueError, OSError) as error:
+        if "\n" in str(error):
+            raise
+        return str(error)
+    return None

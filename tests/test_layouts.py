@@ -1,0 +1,120 @@
+"""The layout contract: loss and gradient norm of every step do not depend on how the work is spread."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+from comparison import RELATIVE, assert_all_close, difference
+from runs import Run, ranks_of, settings, train_here
+
+LAYOUTS = {
+    "TP2": {"parallel.tensor": 2},
+    "PP2": {"parallel.pipeline": 2},
+    "DP2, ZeRO 0": {"parallel.data": 2, "parallel.zero_stage": 0},
+    "DP2, ZeRO 1": {"parallel.data": 2, "parallel.zero_stage": 1},
+    "DP2, ZeRO 2": {"parallel.data": 2, "parallel.zero_stage": 2},
+    "DP2, ZeRO 3": {"parallel.data": 2, "parallel.zero_stage": 3},
+    "TP2 × PP2": {"parallel.tensor": 2, "parallel.pipeline": 2},
+}
+# Further ones, for fewer steps.
+MIXED = {
+    "TP2 × DP2, ZeRO 3": {"parallel.tensor": 2, "parallel.data": 2, "parallel.zero_stage": 3},
+    "PP2 × DP2, ZeRO 1": {"parallel.pipeline": 2, "parallel.data": 2, "parallel.zero_stage": 1},
+    "PP4": {"parallel.pipeline": 4},
+    "microbatches of 1": {"training.micro_batch_size": 1},
+    "microbatches of 8": {"training.micro_batch_size": 8},
+}
+DROPOUT = {"model.hidden_dropout_prob": 0.1, "model.attention_probs_dropout_prob": 0.1}
+RELATIVE_KEY_QUERY = {"model.position_embedding_type": "relative_key_query"}
+PADDED = {"data.rows": "padded"}
+CLM = {"objective.name": "clm", "model.is_decoder": True}
+PAIRS = {"model.model_type": "megatron-bert", "objective.name": "mlm+nsp", "data.rows": "pairs"}
+# What is trained, and the ZeRO stage that its replicas are compared under.
+KINDS = {
+    "dropout": (DROPOUT, 3),
+    "clm": (CLM | DROPOUT, 1),
+    "clm, padded": (CLM | PADDED | {"model.tie_word_embeddings": False}, 2),
+    "pairs": (PAIRS, 1),
+    "pairs, relative": (PAIRS | DROPOUT | RELATIVE_KEY_QUERY, 2),
+    "relative": (RELATIVE_KEY_QUERY, 3),
+    "padded": (PADDED, 0),  # an uneven number of predictions on the ranks and in the microbatches
+}
+
+
+class Trainer:
+    """Runs configurations on the shared ranks, each in a folder of its own."""
+
+    def __init__(self, ranks, data: Path, root: Path) -> None:
+        self.ranks, self.data, self.root = ranks, data, root
+        self.numbers = itertools.count()
+
+    def __call__(self, steps: int, overrides: dict) -> Run:
+        run = Run(self.root / str(next(self.numbers)))
+        values = settings(self.data, run.folder, steps, overrides)
+        errors = self.ranks.run(train_here, values, count=ranks_of(values), seconds=200)
+        assert not any(errors), errors
+        return run
+
+
+@pytest.fixture
+def trainer(ranks, prepared, tmp_path):
+    return Trainer(ranks, prepared, tmp_path)
+
+
+def worst(run: Run, single: Run) -> tuple[float, float]:
+    """The largest relative difference of a step's loss, and of its gradient norm."""
+    steps, expected = run.steps(), single.steps()
+    assert len(steps) == len(expected) > 0
+    pairs = [[(a[i], b[i]) for a, b in zip(steps, expected, strict=True)] for i in range(2)]
+    return tuple(max(difference(a, b) for a, b in column) for column in pairs)  # type: ignore[return-value]
+
+
+@pytest.mark.timeout(600)
+def test_fifty_steps_in_every_layout(trainer, capsys):
+    single = trainer(50, {})
+    runs = {name: trainer(50, overrides) for name, overrides in LAYOUTS.items()}
+    found = {name: worst(run, single) for name, run in runs.items()}
+    rows = [("1 rank", single, (0.0, 0.0)), *((name, runs[name], found[name]) for name in LAYOUTS)]
+    with capsys.disabled():
+        print("\n\nfifty steps in float32           last loss   last norm   worst relative difference to 1 rank")
+        print("                                                           loss        gradient norm")
+        for name, run, (loss, norm) in rows:
+            last = run.steps()[-1]
+            print(f"{name:30s} {last[0]:11.7f} {last[1]:11.7f}   {loss:9.1e}   {norm:9.1e}")
+    losses = [loss for loss, _ in single.steps()]
+    assert losses[-1] < losses[0] - 0.5, "it must have learned something"
+    for name, overrides in LAYOUTS.items():
+        layout = {"tensor": 1, "pipeline": 1, "data": 1, "zero_stage": 0}
+        assert runs[name].layout() == layout | {key.split(".")[1]: value for key, value in overrides.items()}
+        assert max(found[name]) <= RELATIVE, f"{name}: {found[name]}"
+        assert_all_close(runs[name].weights(), single.weights(), f"{name}: final")
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_mixed_layouts_and_microbatches(trainer, name):
+    if MIXED[name].get("parallel.zero_stage") == 3:
+        # DeepSpeed numbers modules for as long as a process lives, and compares the numbers of all ranks: these have
+        # had different pasts.
+        trainer.ranks.stop()
+    assert max(worst(trainer(6, DROPOUT | MIXED[name]), trainer(6, DROPOUT))) <= RELATIVE
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_kinds_of_training(trainer, name):
+    kind, zero_stage = KINDS[name]
+    overrides = kind | {"evaluation.interval": 4, "evaluation.rows": 16}
+    single = trainer(8, overrides)
+    assert len(single.validations()) == 2
+    for layout in ("TP2", "PP2", f"DP2, ZeRO {zero_stage}"):
+        run = trainer(8, overrides | LAYOUTS[layout])
+        assert max(worst(run, single)) <= RELATIVE, f"{layout}: {worst(run, single)}"
+        assert max(map(difference, run.validations(), single.validations())) <= RELATIVE, layout
+
+
+def test_another_run_is_told_apart(trainer):
+    """What the comparisons above allow is less than any of these would change."""
+    single = trainer(3, {})
+    for overrides in ({"training.seed": 1}, {"optimizer.lr": 1.01e-3}, DROPOUT, {"objective.probability": 0.2}):
+        assert max(worst(trainer(3, overrides), single)) > RELATIVE, overrides
