@@ -37,6 +37,7 @@ os.environ.setdefault("MASTER_PORT", "29517")
 
 import torch  # noqa: E402
 
+from farspan.parallel.engine import Engine  # noqa: E402
 from farspan.parallel.mesh import Mesh  # noqa: E402
 from farspan.pretrain import run  # noqa: E402
 from farspan.pretrain.config import Config, parse_config  # noqa: E402
@@ -106,7 +107,7 @@ class FarspanSide:
         self.mesh = mesh
         self.objective = run.objective_of(self.config, vocabulary, "train")
         self.loss = LossFunction(self.config.heads)
-        self.engine = (
+        self.engine: Engine = (
             share.engine if share else run.build_engine(self.config, mesh, run.Start(0, None, False), self.loss)
         )
 
