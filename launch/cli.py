@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..version import __version__
-from .environment import RankEnvironment, apply, idle_slurm_nodes, read_environment
+from .environment import FAILURE_FILE, RankEnvironment, apply, idle_slurm_nodes, read_environment
 
 if TYPE_CHECKING:
     from ..pretrain.config import Config
@@ -66,7 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _say("interrupted")
         return 130
-    except (ValueError, OSError) as error:
+    except Exception as error:
+        if FAILURE_FILE in os.environ:
+            Path(os.environ[FAILURE_FILE]).write_text(repr(time.time()))
         if os.environ.get("FARSPAN_TRACEBACK", "0") not in ("", "0") or not _is_for_the_user(error):
             raise
         _say(_one_line(error))
@@ -109,8 +112,11 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
         "--resume",
         default="auto",
         metavar="auto|never|PATH",
-        help="auto: continue from the run's latest checkpoint if there is one (default); never: start anew; "
-        "PATH: start from that checkpoint",
+        help="auto: continue from the run's latest checkpoint if there is one (default); never: refuse to; "
+        "PATH: continue from that checkpoint",
+    )
+    train.add_argument(
+        "--stop-after", type=_positive, metavar="STEP", help="save and stop after this step; run again to go on"
     )
     train.set_defaults(run=_train, parser=train)
 
@@ -161,7 +167,7 @@ def _train(args: argparse.Namespace) -> int:
     apply(environment)
     from ..pretrain.train import train
 
-    train(config, resume=args.resume)
+    train(config, resume=args.resume, stop_after=args.stop_after)
     return 0
 
 
@@ -187,7 +193,10 @@ def _start_ranks(config: Config, ranks: int, args: argparse.Namespace) -> int:
     # The layout only, with the CPU's name: asking a GPU what it can do would leave this process's context on it.  What
     # depends on the device each rank checks for itself.
     check_world(config, ranks, torch.device("cpu"))
-    return run_ranks(["train", args.config, *args.overrides, "--resume", args.resume], ranks)
+    options = ["--resume", args.resume]
+    if args.stop_after is not None:
+        options += ["--stop-after", str(args.stop_after)]
+    return run_ranks(["train", args.config, *args.overrides, *options], ranks)
 
 
 def _to_hf(args: argparse.Namespace) -> None:
@@ -224,13 +233,15 @@ def _positive(text: str) -> int:
 
 
 def _is_for_the_user(error: Exception) -> bool:
-    """Whether one line is enough.
+    """Whether one line is enough; anything but ValueError and OSError needs its traceback.
 
     An OSError names what is missing or full.  A ValueError that Farspan raises is written for the user; one from deep
     inside a library is a fault whose traceback is needed.  A broken connection is a fault too.
     """
     if isinstance(error, OSError):
         return not isinstance(error, ConnectionError)
+    if not isinstance(error, ValueError):
+        return False
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     name = str(frames[-1].f_globals.get("__name__"))
     return name == "__main__" or name.split(".")[0] == __name__.split(".")[0]

@@ -11,6 +11,10 @@ from collections.abc import Mapping, MutableMapping
 # opens on a node, ... (slurm.h, SLURM_MAX_NORMAL_STEP_ID).
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
 
+# Where a local rank notes when it failed.  The order in which ranks end says little: one that fails closes its
+# connections before it ends, and the others, failing on those, may end first.
+FAILURE_FILE = "FARSPAN_FAILURE_FILE"
+
 
 @dataclasses.dataclass(frozen=True)
 class RankEnvironment:

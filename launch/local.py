@@ -10,12 +10,14 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from .environment import RankEnvironment, apply
+from .environment import FAILURE_FILE, RankEnvironment, apply
 
 # -P: the working directory is no place to import from (it may well hold a folder named like a package).
 COMMAND = (sys.executable, "-P", "-m", "farspan.launch.cli")
@@ -23,6 +25,7 @@ USER_ERROR = 2  # the exit code of a rank that said in one line what the user ca
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _TAIL_BYTES, _TAIL_LINES = 16384, 30
 _POLL_SECONDS = 0.02
+_PATIENCE_SECONDS = 2.0  # for the rank whose own words explain a failure
 
 
 def run_ranks(
@@ -53,7 +56,8 @@ def run_ranks(
         received.append(number)
 
     previous = {number: signal.signal(number, remember) for number in _FORWARDED}
-    group = _Group(grace_seconds)
+    notes = tempfile.TemporaryDirectory(prefix="farspan-ranks-")
+    group = _Group(grace_seconds, Path(notes.name))
     try:
         for rank in range(ranks):
             rank_env = dict(base)
@@ -65,6 +69,7 @@ def run_ranks(
                 group.forward(received.pop(0))
     finally:
         group.close()
+        notes.cleanup()
         for number, handler in previous.items():
             signal.signal(number, handler)
     return group.conclude()
@@ -106,11 +111,12 @@ class _Rank:
 class _Group:
     """The ranks of one run, from the first start to the last end."""
 
-    def __init__(self, grace_seconds: float) -> None:
+    def __init__(self, grace_seconds: float, notes: Path) -> None:
         self._ranks: list[_Rank] = []
-        self._grace = grace_seconds
+        self._grace, self._notes = grace_seconds, notes
         self._selector = selectors.DefaultSelector()
-        self._first_failure: tuple[int, int] | None = None  # rank, exit code
+        self._failures: dict[int, float] = {}  # rank -> when it was seen to have failed by itself
+        self._culprit: int | None = None  # the rank that failed first
         self._interrupted = 0  # SIGINTs passed on
         self._signalled = False
         self._stop_at: float | None = None  # when the ranks that are left get SIGTERM
@@ -119,6 +125,7 @@ class _Group:
 
     def start(self, command: list[str], env: dict[str, str]) -> None:
         rank = len(self._ranks)
+        env[FAILURE_FILE] = str(self._notes / str(rank))
         # A group of its own, so that Ctrl-C in the terminal reaches a rank once, through us, and so that whatever a
         # rank started can be ended with it.  Only one thread runs here, which is what preexec_fn asks for.
         options: dict[str, Any] = {"env": env, "stdin": subprocess.DEVNULL, "process_group": 0}
@@ -142,22 +149,42 @@ class _Group:
             if code is not None:
                 self._kill_group(rank)  # helpers that it left
                 self.running.remove(rank)
-                if code != 0 and self._first_failure is None:
-                    self._first_failure = (rank, code)
-                    self._stop_at = time.monotonic() + self._patience(rank, code)
+                if code != 0 and self._kill_at is None:
+                    self._failures[rank] = time.time()
         now = time.monotonic()
-        if self._stop_at is not None and (now >= self._stop_at or (0 not in self.running and not self._signalled)):
+        if self._failures and self._culprit is None:
+            self._culprit = self._first_to_fail()
+            self._stop_at = now + (self._grace if self._signalled else _PATIENCE_SECONDS)
+        if self._stop_at is not None and self._is_time_to_stop(now):
             self._stop_at = None
             self._send(signal.SIGTERM)
             self._kill_at = now + self._grace
         if self._kill_at is not None and now >= self._kill_at:
             self.kill()
 
-    def _patience(self, rank: int, code: int) -> float:
+    def _first_to_fail(self) -> int:
+        """By the ranks' own notes, running or not.
+
+        A rank that left none ended a little before it was seen; one that was killed or crashed was no doubt first.
+        An abort may be NCCL's answer to the failure of another.
+        """
+        times = {rank: seen - 2 * _POLL_SECONDS for rank, seen in self._failures.items()}
+        times |= {rank: 0.0 for rank in times if -signal.SIGABRT != self._ranks[rank].process.returncode < 0}
+        for note in self._notes.iterdir():
+            with contextlib.suppress(ValueError):  # being written
+                times[int(note.name)] = float(note.read_text())
+        return min(times, key=lambda rank: times[rank])
+
+    def _is_time_to_stop(self, now: float) -> bool:
+        assert self._stop_at is not None
+        assert self._culprit is not None
+        if now >= self._stop_at:
+            return True
         if self._signalled:
-            return self._grace  # all were told to end: let each of them
+            return False  # all were told to end: let each of them
+        code = self._ranks[self._culprit].process.returncode
         # An error of the user's is mostly found by every rank: rank 0 gets the time to say it itself.
-        return 2.0 if code == USER_ERROR and rank != 0 else 0.0
+        return code is not None and (code != USER_ERROR or 0 not in self.running)
 
     def forward(self, number: int) -> None:
         self._signalled |= number != signal.SIGUSR1  # which asks for something else than the end
@@ -194,16 +221,19 @@ class _Group:
 
     def conclude(self) -> int:
         """Say which rank failed first and how; return the exit code."""
-        if self._first_failure is None:
+        if self._culprit is None:
             return 0
-        rank_number, code = self._first_failure
+        # One that failed but had to be ended has no exit code of its own.
+        code = self._ranks[self._culprit].process.returncode if self._culprit in self._failures else 1
         zero_said_it = code == USER_ERROR and self._ranks[0].process.returncode == USER_ERROR
         if not (self._signalled or zero_said_it):
-            print(self._report(rank_number, code), file=sys.stderr, flush=True)
+            print(self._report(self._culprit, code), file=sys.stderr, flush=True)
         return code if code > 0 else 128 - code
 
     def _report(self, rank: int, code: int) -> str:
-        if code > 0:
+        if rank not in self._failures:
+            how = "failed and had to be ended"
+        elif code > 0:
             how = f"exited with code {code}"
         else:
             how = f"was ended by {signal.Signals(-code).name}"

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -66,8 +67,10 @@ def check_world(config, world_size, device):
         """
 import os
 from farspan.pretrain.config import calls
-def train(config, *, resume):
+def train(config, *, resume, stop_after=None):
     calls.append(("train", resume, os.environ["RANK"], os.environ["WORLD_SIZE"]))
+    if stop_after is not None:
+        calls.append(("stop_after", stop_after))
     if resume == "interrupt":
         raise KeyboardInterrupt
     if resume == "no file":
@@ -191,6 +194,16 @@ def test_overrides_and_options_may_alternate(arguments: list[str], calls: list[A
     assert calls == [("load_config", "a.yaml", ["a.b=1", "c.d=--x", "e.f=3"]), ("train", "never", "0", "1")]
 
 
+def test_a_run_can_be_stopped_early(calls: list[Any], started: list[Any]) -> None:
+    assert main(["train", "a.yaml", "--stop-after", "7"]) == 0
+    assert calls[-1] == ("stop_after", 7)
+
+
+def test_started_ranks_are_told_to_stop_early(calls: list[Any], started: list[Any]) -> None:
+    assert main(["train", "a.yaml", "--stop-after", "7", "--ranks", "2"]) == 5
+    assert started == [(["train", "a.yaml", "--resume", "auto", "--stop-after", "7"], 2)]
+
+
 def test_under_a_launcher_the_process_is_one_rank(
     calls: list[Any], started: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -291,6 +304,22 @@ def test_a_fault_keeps_its_traceback(calls: list[Any]) -> None:
         main(["train", "a.yaml", "--resume", "no peer"])
     with pytest.raises(ValueError, match="no number"):  # from deep inside a library
         main(["train", "fault.yaml"])
+
+
+def test_a_failure_is_noted_for_the_process_that_started_the_rank(
+    calls: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    note = tmp_path / "0"
+    monkeypatch.setenv("FARSPAN_FAILURE_FILE", str(note))
+    assert main(["train", "a.yaml"]) == 0
+    assert not note.exists()
+    before = time.time()
+    with pytest.raises(RuntimeError, match="a fault"):
+        main(["train", "a.yaml", "--resume", "fault"])
+    assert before <= float(note.read_text()) <= time.time()
+    note.unlink()
+    assert main(["train", "missing.yaml"]) == 2
+    assert note.exists()
 
 
 def test_an_interrupt_is_exit_code_130(calls: list[Any], capsys: pytest.CaptureFixture[str]) -> None:

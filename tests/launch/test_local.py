@@ -103,12 +103,67 @@ def test_one_rank_dying_ends_all_and_is_shown_once(tmp_path: Path, capfd: pytest
         {HANGS}
     """
     start = time.monotonic()
-    assert run(tmp_path, script) == 7
-    assert time.monotonic() - start < 4  # SIGTERM was enough: no grace period was waited for
+    assert run(tmp_path, script, grace_seconds=60.0) == 7
+    assert time.monotonic() - start < 30  # SIGTERM was enough: no grace period was waited for
     error = capfd.readouterr().err
     assert error.startswith("farspan: rank 1 of 3 exited with code 7; its last lines:\n[rank 1] line 71\n")
     assert error.endswith("[rank 1] line 99\n[rank 1] cannot go on\n")
     assert_none_left(tmp_path)
+
+
+NOTES = "pathlib.Path(os.environ['FARSPAN_FAILURE_FILE']).write_text(repr(time.time()))"
+
+
+def test_the_cause_is_shown_even_if_others_end_before_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    script = f"""
+        if rank == 1:
+            {NOTES}
+            print("the cause")
+            mark("failed")
+            time.sleep(0.3)  # connections are closed, the interpreter is taken down
+            sys.exit(1)
+        wait_for("failed-1")
+        {NOTES}
+        print("connection closed by peer", file=sys.stderr)
+        sys.exit(4)
+    """
+    assert run(tmp_path, script) == 1
+    error = capfd.readouterr().err
+    assert error == (
+        "connection closed by peer\nfarspan: rank 1 of 3 exited with code 1; its last lines:\n[rank 1] the cause\n"
+    )
+
+
+def test_a_cause_that_hangs_is_ended_and_shown(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    script = f"""
+        if rank == 1:
+            {NOTES}
+            print("the cause")
+            mark("failed")
+            {HANGS}
+        wait_for("failed-1")
+        {NOTES}
+        sys.exit(4)
+    """
+    assert run(tmp_path, script) == 1
+    assert capfd.readouterr().err == (
+        "farspan: rank 1 of 3 failed and had to be ended; its last lines:\n[rank 1] the cause\n"
+    )
+
+
+def test_a_crash_is_the_cause_of_what_the_others_note(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    script = f"""
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)  # without a note
+        wait_for("pid-1")
+        stat = pathlib.Path("/proc", (folder / "pid-1").read_text(), "stat")
+        while stat.exists() and ") Z " not in stat.read_text():
+            time.sleep(0.001)
+        {NOTES.replace("time.time()", "time.time() - 10")}  # as if the death were seen late
+        sys.exit(1)
+    """
+    assert run(tmp_path, script) == 128 + signal.SIGKILL
+    assert "rank 1 of 3 was ended by SIGKILL" in capfd.readouterr().err
 
 
 def test_a_rank_that_ignores_sigterm_is_killed_after_the_grace_period(tmp_path: Path) -> None:
@@ -161,6 +216,19 @@ def test_an_error_that_rank_0_does_not_find_is_shown(tmp_path: Path, capfd: pyte
     assert error == "farspan: rank 1 of 2 exited with code 2; its last lines:\n[rank 1] farspan: no such file\n"
 
 
+def test_what_the_ranks_do_when_told_to_end_is_not_a_cause(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    script = f"""
+        if rank == 2:
+            wait_for("ready-0", "ready-1")
+            sys.exit(6)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(9))
+        mark("ready")
+        {HANGS}
+    """
+    assert run(tmp_path, script) == 6
+    assert "rank 2 of 3 exited with code 6" in capfd.readouterr().err
+
+
 def test_helpers_of_a_rank_do_not_outlive_it(tmp_path: Path) -> None:
     script = """
         helper = subprocess.Popen(["sleep", "600"])
@@ -188,7 +256,8 @@ def start_driver(tmp_path: Path):  # type: ignore[no-untyped-def]
             from farspan.launch.local import run_ranks
             sys.exit(run_ranks([{str(tmp_path)!r}], 3, command={command(script)!r}))
         """
-        started.append(subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE))
+        env = os.environ | {"TMPDIR": str(tmp_path)}
+        started.append(subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, env=env))
         until(lambda: all((tmp_path / f"ready-{rank}").exists() for rank in range(3)))
         return started[-1]
 
