@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import warnings
 from typing import Any
 
 import torch
@@ -38,10 +40,13 @@ class _ModelParallelUnit:
 
 
 def _import_deepspeed() -> Any:
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or it searches, and warns that it found none
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed calls names that newer torch releases rename.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     if not torch.cuda.is_available():
         # A shared-memory op for inference, built with a compiler at the first start: nothing here uses it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
