@@ -13,7 +13,6 @@ under any layout, a slice at a time.  A checkpoint is written beside (``.step-00
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 import shutil
 from collections.abc import Iterable
@@ -22,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -60,11 +59,15 @@ class Manifest:
     @staticmethod
     def read(folder: Path) -> Manifest:
         value = read_json(folder / MANIFEST, "a Farspan checkpoint")
+        value = value if isinstance(value, dict) else {}
         if value.get("format") != FORMAT or value.get("version") != VERSION:
             raise ValueError(
                 f"{folder / MANIFEST} is {value.get('format')!r} version {value.get('version')!r}; "
                 f"this Farspan reads {FORMAT!r} version {VERSION}"
             )
+        for name in ("step", "model", "heads", "tensors"):
+            if name not in value:
+                raise ValueError(f"{folder / MANIFEST} is damaged: it says nothing of {name}")
         fields = {f.name: value[f.name] for f in dataclasses.fields(Manifest) if f.name in value}
         return Manifest(**{**fields, "heads": tuple(fields["heads"])})
 
@@ -117,8 +120,11 @@ def merge_entries(parts: Iterable[dict[str, dict[str, Any]]]) -> dict[str, dict[
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """One safetensors file, flushed to the disk."""
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    """One safetensors file, flushed to the disk.  OSError where it cannot be written."""
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:  # not an OSError, whatever the reason
+        raise OSError(f"{path}: {error}") from None
     sync(path)
 
 
@@ -156,8 +162,11 @@ def save(
         problem = _attempt(mesh, lambda: _publish(root, beside, final, whole, tokenizer) if mesh.is_writer else None)
     if problem is not None:
         raise OSError(f"the checkpoint of step {manifest.step} was not saved ({problem}); older ones are untouched")
-    if mesh.is_writer:
-        _forget_old(root, keep_last)
+    problem = _attempt(mesh, lambda: _forget_old(root, keep_last) if mesh.is_writer else None)
+    if problem is not None:
+        raise OSError(
+            f"the checkpoint of step {manifest.step} is saved, but an older one cannot be removed ({problem})"
+        )
     return final
 
 
@@ -166,7 +175,7 @@ def _attempt(mesh: Mesh, action: Any) -> str | None:
     problem: str | None = None
     try:
         action()
-    except (OSError, RuntimeError) as error:  # safetensors reports a full disk as its own RuntimeError
+    except OSError as error:
         problem = f"rank {mesh.rank}: {error}"
     if not dist.is_initialized():
         return problem
@@ -204,15 +213,24 @@ def _publish(root: Path, beside: Path, final: Path, manifest: Manifest, tokenize
     manifest.write(beside)
     sync(beside)
     if final.exists():  # saved before by a run that was resumed from further back
-        old = root / f".{final.name}.old"
-        _remove(old)
-        final.replace(old)
-        beside.replace(final)
+        old = _hide(final)
+        try:
+            beside.replace(final)
+        except OSError:
+            old.replace(final)
+            raise
         _remove(old)
     else:
         beside.replace(final)
     sync(root)
     write_text(root / "latest", final.name + "\n")
+
+
+def _hide(folder: Path) -> Path:
+    """Rename a checkpoint so that it is none any more, before it is removed file by file."""
+    hidden = folder.with_name(f".{folder.name}.old")
+    _remove(hidden)
+    return folder.replace(hidden)
 
 
 def _remove(folder: Path) -> None:
@@ -226,7 +244,7 @@ def _forget_old(root: Path, keep_last: int) -> None:
         _remove(leftover)
     if keep_last:
         for folder in steps(root)[:-keep_last]:
-            _remove(folder)
+            _remove(_hide(folder))
 
 
 # Finding and reading.
@@ -255,9 +273,9 @@ def latest(root: Path) -> Path | None:
     """The checkpoint that ``latest`` names, or where that is missing or stale the newest whole one."""
     pointer = root / "latest"
     if pointer.is_file():
-        named = root / pointer.read_text().strip()
-        if _STEP.fullmatch(named.name) and (named / MANIFEST).is_file():
-            return named
+        name = pointer.read_text(encoding="utf-8", errors="replace").strip()
+        if _STEP.fullmatch(name) and (root / name / MANIFEST).is_file():
+            return root / name
     whole = steps(root)
     return whole[-1] if whole else None
 
@@ -311,12 +329,12 @@ class Reader:
     def _range(self, name: str, entry: dict[str, Any], start: int, stop: int) -> Tensor:
         dim = entry["dim"]
         if dim is None:
-            return self._open(entry["shards"][0]["file"]).get_tensor(name)
+            return self._slice(entry["shards"][0]["file"], name)[:]
         pieces = []
         for shard in sorted(entry["shards"], key=lambda s: s["start"]):
             low, high = max(start, shard["start"]), min(stop, shard["stop"])
             if low < high:
-                view = self._open(shard["file"]).get_slice(name)
+                view = self._slice(shard["file"], name)
                 index = [slice(None)] * len(entry["shape"])
                 index[dim] = slice(low - shard["start"], high - shard["start"])
                 pieces.append(view[tuple(index)])
@@ -329,6 +347,12 @@ class Reader:
             raise ValueError(f"{name} in {self.folder} lacks entries {start}..{stop} along dimension {dim}")
         return whole
 
+    def _slice(self, file: str, name: str) -> Any:
+        try:
+            return self._open(file).get_slice(name)
+        except SafetensorError:
+            raise ValueError(f"{self.folder / file} lacks {name}: the checkpoint is not whole") from None
+
     def _open(self, file: str) -> Any:
         if file not in self._files:
             path = self.folder / file
@@ -336,7 +360,7 @@ class Reader:
                 raise ValueError(f"{path} is missing: the checkpoint is not whole")
             try:
                 self._files[file] = safe_open(path, framework="pt")
-            except Exception as error:  # safetensors has an exception class of its own
+            except (SafetensorError, OSError) as error:
                 raise ValueError(f"{path} is damaged ({error})") from None
         return self._files[file]
 
@@ -347,11 +371,3 @@ def load_weights(module: nn.Module, reader: Reader, axis: Axis) -> None:
     for name, parameter in module.named_parameters():
         logical = logical_of(parameter)
         parameter.copy_(reader.local(logical_name(name, parameter), logical, axis, parameter.shape))
-
-
-def unused_space(path: Path) -> int:
-    """Bytes free where ``path`` will be written."""
-    while not path.exists():
-        path = path.parent
-    status = os.statvfs(path)
-    return status.f_bavail * status.f_frsize

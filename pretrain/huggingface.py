@@ -6,15 +6,17 @@ nothing is computed and nothing rounded.
 
 from __future__ import annotations
 
+import pickle
 import re
 import shutil
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -31,7 +33,7 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 # Buffers that older files carry, and a pooler that no head here reads.
 _IGNORED = re.compile(r"(\w+\.)?(embeddings\.(position_ids|token_type_ids)|pooler\.dense\.(weight|bias))")
-_DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class HuggingFaceFolder:
@@ -40,25 +42,40 @@ class HuggingFaceFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config: dict[str, Any] = read_json(folder / "config.json", "a Hugging Face model folder")
+        if not isinstance(self.config, dict):
+            raise ValueError(f"{folder / 'config.json'} is no mapping: {folder} is not a Hugging Face model folder")
         self._read: dict[str, Callable[[], Tensor]] = {}
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            names = sorted(set(read_json(index, "a safetensors index")["weight_map"].values()))
-        else:
-            names = ["model.safetensors"]
+        names = self._safetensors_names()
         if all((folder / name).is_file() for name in names):
             for name in names:
                 self._add_safetensors(folder / name)
         elif (folder / "pytorch_model.bin").is_file():
-            state = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True, mmap=True)
-            self._read = {key: (lambda value=value: value) for key, value in state.items()}  # type: ignore[misc]
+            self._add_state_dict(folder / "pytorch_model.bin")
         else:
             raise ValueError(f"{folder} has no weights: {', '.join(names)} or pytorch_model.bin is needed")
+
+    def _safetensors_names(self) -> list[str]:
+        index = self.folder / "model.safetensors.index.json"
+        if not index.is_file():
+            return ["model.safetensors"]
+        value = read_json(index, "a safetensors index")
+        names = sorted(set(value["weight_map"].values())) if isinstance(value, dict) and "weight_map" in value else []
+        if not names or any(Path(name).name != name for name in names):
+            raise ValueError(f"{index} is damaged: its weight_map should name files of {self.folder}")
+        return names
+
+    def _add_state_dict(self, path: Path) -> None:
+        try:  # weights_only: nothing in the file is executed; files older than torch 1.6 are no zip, and not mapped
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise ValueError(f"{path} cannot be read as tensors alone ({reason}): save it as safetensors") from None
+        self._read = {key: (lambda value=value: value) for key, value in state.items()}  # type: ignore[misc]
 
     def _add_safetensors(self, path: Path) -> None:
         try:
             handle = safe_open(path, framework="pt")
-        except Exception as error:  # safetensors has an exception class of its own
+        except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is damaged ({error})") from None
         for key in handle.keys():  # noqa: SIM118 (not a dict)
             self._read[key] = lambda key=key: handle.get_tensor(key)  # type: ignore[misc]
@@ -71,7 +88,7 @@ class HuggingFaceFolder:
 
     def model(self) -> tuple[type[LanguageModel], ModelConfig, tuple[str, ...]]:
         """The architecture, its configuration and the heads that the folder has tensors for."""
-        cls = architecture(self.config.get("model_type", ""))
+        cls = architecture(str(self.config.get("model_type", "")))
         for field, allowed in (("add_cross_attention", (False, None)), ("pruned_heads", ({}, None))):
             if self.config.get(field) not in allowed:
                 raise ValueError(f"{self.folder}/config.json sets {field}, which no pretraining objective here uses")
@@ -128,7 +145,7 @@ def export_config(
         if value is not None or name in fields:
             fields[name] = value
     fields.setdefault("architectures", [cls.huggingface_class(heads, config)])
-    fields["torch_dtype"] = _DTYPE_NAMES[dtype]
+    fields["torch_dtype"] = str(dtype).removeprefix("torch.")
     fields.pop("dtype", None)
     return fields
 
@@ -200,8 +217,8 @@ class _folder:
     """A new folder that appears whole under its name, or not at all."""
 
     def __init__(self, target: Path) -> None:
-        self.target = target
-        self.beside = target.with_name(f".{target.name}.tmp")
+        self.target = target.resolve()
+        self.beside = self.target.with_name(f".{self.target.name}.tmp")
 
     def __enter__(self) -> Path:
         if self.target.exists() and (not self.target.is_dir() or any(self.target.iterdir())):
@@ -231,10 +248,9 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
 
 
 def _dtype(name: str) -> torch.dtype:
-    names = {text: dtype for dtype, text in _DTYPE_NAMES.items()}
-    if name not in names:
-        raise ValueError(f"dtype {name!r} is unknown: choose one of {', '.join(names)}")
-    return names[name]
+    if name not in _DTYPES:
+        raise ValueError(f"dtype {name!r} is unknown: choose one of {', '.join(_DTYPES)}")
+    return _DTYPES[name]
 
 
 def _exported_aliases(
