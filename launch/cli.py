@@ -243,8 +243,7 @@ def _is_for_the_user(error: Exception) -> bool:
     if not isinstance(error, ValueError):
         return False
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    name = str(frames[-1].f_globals.get("__name__"))
-    return name == "__main__" or name.split(".")[0] == __name__.split(".")[0]
+    return str(frames[-1].f_globals.get("__name__")).split(".")[0] in ("farspan", "__main__")
 
 
 def _one_line(error: Exception) -> str:

@@ -122,6 +122,16 @@ def test_the_module_runs_as_the_console_script_does(tmp_path: Path) -> None:
     assert ended.stdout == f"farspan {__version__}\n"
 
 
+def test_an_error_for_the_user_is_one_line_in_a_started_rank_too() -> None:
+    # As local ranks run, where the module is called __main__; this error comes before anything slow is imported.
+    ended = subprocess.run(
+        [*local.COMMAND, "train", "a.yaml"], capture_output=True, text=True, env=os.environ | {"RANK": "1"}
+    )
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("farspan: [rank 1] RANK is set but LOCAL_RANK, WORLD_SIZE, ")
+    assert ended.stderr.count("\n") == 1
+
+
 def test_the_folders_of_a_clone_do_not_pass_for_packages() -> None:
     code = """if True:
         import importlib.util
