@@ -1,0 +1,240 @@
+"""A run that was interrupted and goes on is, to the bit, the run that was not; whatever fails, older saves stay."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import resource
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from comparison import assert_identical
+from runs import Run, ranks_of, settings, train_here
+from safetensors.torch import load_file
+
+from farspan.launch.local import COMMAND
+from farspan.pretrain import checkpoint as ckpt
+
+STEPS, STOP = 6, 3
+DROPOUT = {"model.hidden_dropout_prob": 0.1, "model.attention_probs_dropout_prob": 0.1}
+SAVES = {"checkpoint.interval": STOP, "evaluation.interval": STOP, "evaluation.rows": 8, "schedule.name": "cosine"}
+BFLOAT16 = {"training.dtype": "bfloat16"}
+
+
+def replicas(zero_stage: int) -> dict:
+    return {"parallel.data": 2, "parallel.zero_stage": zero_stage}
+
+
+LAYOUTS = {
+    "1 rank": {},
+    "1 rank, bfloat16": BFLOAT16,
+    "TP2 × PP2": {"parallel.tensor": 2, "parallel.pipeline": 2},
+    **{f"DP2, ZeRO {stage}": replicas(stage) for stage in range(4)},
+    **{f"DP2, ZeRO {stage}, bfloat16": replicas(stage) | BFLOAT16 for stage in range(4)},
+    "PP2, bfloat16, untied": BFLOAT16 | {"parallel.pipeline": 2, "model.tie_word_embeddings": False},
+}
+
+
+@pytest.fixture
+def start(ranks, prepared, tmp_path):
+    """start(name, overrides, ...): train in a folder of that name; the error line of rank 0, if there was one."""
+
+    def call(name, overrides, *, function=train_here, steps=STEPS, **options):
+        values = settings(prepared, tmp_path / name, steps, DROPOUT | SAVES | overrides)
+        errors = ranks.run(function, values, count=ranks_of(values), seconds=120, **options)
+        assert len({error is None for error in errors}) == 1, errors
+        return errors[0]
+
+    return call
+
+
+def everything(folder: Path) -> tuple[list, list, dict]:
+    """Steps, evaluations, and every tensor of the last checkpoint with the optimizer's partitions."""
+    run = Run(folder)
+    last = ckpt.find(folder)
+    tensors = {f"{path.name} {k}": t for path in last.glob("*.safetensors") for k, t in load_file(path).items()}
+    return run.steps(), run.validations(), tensors
+
+
+def assert_same_run(folder: Path, expected: Path) -> None:
+    steps, validations, tensors = everything(folder)
+    assert (steps, validations) == everything(expected)[:2]
+    assert any(name.startswith("optimizer") for name in tensors)
+    assert_identical(tensors, everything(expected)[2])
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_resumed_equals_uninterrupted(start, tmp_path, name):
+    assert start("whole", LAYOUTS[name]) is None
+    assert start("parts", LAYOUTS[name], stop_after=STOP) is None
+    _leave_what_a_killed_process_leaves(tmp_path / "parts")
+    assert start("parts", LAYOUTS[name]) is None
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+    assert not list((tmp_path / "parts/checkpoints").glob(".*"))
+
+
+def _leave_what_a_killed_process_leaves(run: Path) -> None:
+    """Steps past the save, half a line, half a save."""
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": STOP + 1, "loss": 1.0, "grad_norm": 1.0}) + '\n{"step": 5, "lo')
+    beside = run / f"checkpoints/.step-{STEPS:08d}.tmp"
+    beside.mkdir()
+    (beside / "weights-t00-p00.safetensors").write_bytes(b"half of it")
+
+
+def train_without(values: dict, what: str) -> str | None:
+    """Train with a fault: the optimizer's state is not restored, or dropout counts its steps from the resume."""
+    from farspan.kernels.dropout import DropoutKey
+    from farspan.parallel.engine import Engine
+
+    rows = DropoutKey.rows
+    with pytest.MonkeyPatch.context() as patch:
+        if what == "optimizer state":
+            patch.setattr(Engine, "load_optimizer_state", lambda self, state: None)
+        else:
+            earlier = lambda key: dataclasses.replace(key, step=key.step - STOP)  # noqa: E731
+            patch.setattr(DropoutKey, "rows", lambda self, *args: rows(earlier(self), *args))
+        return train_here(values)
+
+
+@pytest.mark.parametrize("what", ["optimizer state", "the step"])
+def test_a_resume_that_forgets_is_seen(start, tmp_path, what):
+    assert start("whole", {}) is None
+    assert start("parts", {}, stop_after=STOP) is None
+    assert start("parts", {}, function=train_without, what=what) is None
+    steps, expected = Run(tmp_path / "parts").steps(), Run(tmp_path / "whole").steps()
+    assert steps[:STOP] == expected[:STOP]
+    # The first gradient after the resume is that of the same weights: the state shows one step later.
+    assert steps[STOP + 1 :] != expected[STOP + 1 :]
+
+
+def test_killed_between_saves(start, prepared, tmp_path):
+    """By the command line, with SIGKILL."""
+    steps, interval = 60, 10
+    overrides = {"checkpoint.interval": interval}
+    assert start("whole", overrides, steps=steps) is None
+    values = settings(prepared, tmp_path / "parts", steps, DROPOUT | SAVES | overrides)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    command = [*COMMAND, "train", str(tmp_path / "run.yaml")]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
+    metrics = tmp_path / "parts/metrics.jsonl"
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        try:
+            end = time.monotonic() + 100
+            while not metrics.exists() or metrics.read_bytes().count(b'"loss"') < interval + 3:
+                assert process.poll() is None and time.monotonic() < end, (tmp_path / "log").read_text()
+                time.sleep(0.005)
+        finally:
+            process.kill()
+            process.wait()
+        assert metrics.read_bytes().count(b'"loss"') < steps
+        subprocess.run(command, env=environment, stdout=log, stderr=log, timeout=120, check=True)
+    assert b"from " + str(tmp_path / "parts/checkpoints/step-").encode() in (tmp_path / "log").read_bytes()
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+@pytest.fixture(scope="module")
+def other_data(prepared, tmp_path_factory):
+    """The same text and tokenizer, split otherwise."""
+    from farspan.pretrain.data.prepare import prepare
+
+    out = tmp_path_factory.mktemp("other") / "data"
+    text = prepared.parent / "text.txt"
+    prepare([text], out, tokenizer=prepared / "tokenizer", validation_fraction=0.2, processes=1, progress=False)
+    return out
+
+
+def test_what_cannot_continue_is_refused(start, tmp_path, other_data):
+    assert start("run", {}, stop_after=STOP) is None
+    before = {path: path.read_bytes() for path in sorted((tmp_path / "run").rglob("*")) if path.is_file()}
+    refused = {
+        "was saved with tensor 1, pipeline 1, data 1, zero stage 0 and cannot continue with tensor 2": {
+            "parallel.tensor": 2
+        },
+        "cannot continue with tensor 1, pipeline 1, data 2, zero stage 1": replicas(1),
+        "was trained on other data than": {"data.folder": str(other_data)},
+        "was saved with training.seed 1234, now it is 7": {"training.seed": 7},
+        "was saved with model.hidden_size 32, now it is 64": {"model.hidden_size": 64},
+        "was saved with objective.probability 0.15, now it is 0.3": {"objective.probability": 0.3},
+        "was saved with data.sequence_length 32, now it is 16": {"data.sequence_length": 16},
+        "was saved with training.global_batch_size 8, now it is 4": {"training.global_batch_size": 4},
+        "was saved with training.dtype 'float32', now it is 'bfloat16'": BFLOAT16,
+        "is past training.steps 2": {"training.steps": 2, "schedule.warmup_steps": 0},
+    }
+    for words, overrides in refused.items():
+        assert words in str(start("run", overrides)), overrides
+    assert "already has checkpoints" in start("run", {}, resume="never")
+    assert "has no checkpoint" in start("run", {}, resume=str(tmp_path / "nowhere"))
+    assert {path: path.read_bytes() for path in before} == before
+    assert start("run", {}) is None
+
+
+def test_damage_is_told_in_one_line(start, tmp_path):
+    assert start("run", {}, stop_after=STOP) is None
+    step = ckpt.find(tmp_path / "run")
+    for name, words in {"optimizer-00000.safetensors": "damaged", "weights-t00-p00.safetensors": "damaged"}.items():
+        whole = (step / name).read_bytes()
+        (step / name).write_bytes(whole[: len(whole) // 2])
+        assert words in start("run", {}) and name in start("run", {})
+        (step / name).write_bytes(whole)
+    weights_only = json.loads((step / "manifest.json").read_text()) | {"layout": {}}
+    (step / "manifest.json").write_text(json.dumps(weights_only))
+    assert "has weights but no optimizer state" in start("run", {})
+
+
+def train_on_a_full_disk(values: dict, file: str) -> str | None:
+    """Train; at the last save no file of this name may grow beyond a kilobyte: a write fails as on a full disk."""
+    write = ckpt.write_tensors
+
+    def limited(path: Path, tensors: dict) -> None:
+        if path.name != file or f"{STEPS:08d}" not in str(path):
+            return write(path, tensors)
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))
+        try:
+            return write(path, tensors)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ckpt, "write_tensors", limited)
+        return train_here(values)
+
+
+@pytest.mark.parametrize("file", ["weights-t00-p00.safetensors", "optimizer-00001.safetensors"])
+def test_a_failed_save_leaves_the_older_ones(start, tmp_path, file):
+    overrides = replicas(1) | {"checkpoint.keep_last": 1}
+    error = start("run", overrides, function=train_on_a_full_disk, file=file)
+    assert f"the checkpoint of step {STEPS} was not saved" in error and "older ones are untouched" in error
+    root = tmp_path / "run/checkpoints"
+    assert (root / "latest").read_text() == f"step-{STOP:08d}\n"
+    assert ckpt.steps(root) == [root / f"step-{STOP:08d}"]
+    assert start("run", overrides) is None
+    assert start("whole", overrides) is None
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_the_newest_whole_save_is_taken(start, tmp_path):
+    assert start("run", {"checkpoint.keep_last": 0}) is None
+    root = tmp_path / "run/checkpoints"
+    (root / "latest").write_text("step-00000099\n")
+    assert ckpt.find(root).name == f"step-{STEPS:08d}"
+    (root / f"step-{STEPS:08d}/manifest.json").unlink()
+    assert ckpt.find(root).name == f"step-{STOP:08d}"
+    shutil.rmtree(root / f"step-{STOP:08d}")
+    with pytest.raises(ValueError, match="has no checkpoint"):
+        ckpt.find(root)
+
+
+@pytest.mark.parametrize(("keep_last", "kept"), [(0, [1, 2, 3, 4]), (2, [3, 4])])
+def test_keep_last(start, tmp_path, keep_last, kept):
+    assert start("run", {"checkpoint.interval": 1, "checkpoint.keep_last": keep_last}, steps=4) is None
+    root = tmp_path / "run/checkpoints"
+    assert sorted(path.name for path in root.iterdir()) == ["latest", *(f"step-{step:08d}" for step in kept)]
+    assert (root / "latest").read_text() == "step-00000004\n"
