@@ -92,9 +92,10 @@ class _Process:
     def start() -> _Process:
         here, there = Pipe()
         log = tempfile.TemporaryFile()  # noqa: SIM115 (closed by stop)
+        path = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
         process = subprocess.Popen(
             [sys.executable, "-P", "-c", f"import ranks; ranks.serve({there.fileno()})"],
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
             pass_fds=[there.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=log,

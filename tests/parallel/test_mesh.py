@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from farspan.parallel.mesh import Mesh, local_device
+
+
+def where(mesh):
+    import torch.distributed as dist
+
+    axes = (mesh.tensor, mesh.pipeline, mesh.data, mesh.model)
+    for axis in axes:  # the groups are those that the sizes say
+        assert (dist.get_rank(axis.group), dist.get_world_size(axis.group)) == (axis.rank, axis.size)
+    return [axis.rank for axis in axes], [axis.size for axis in axes], mesh.is_writer, mesh.describe()
+
+
+def test_tensor_ranks_are_neighbours(ranks):
+    found = ranks.on_mesh(where, tensor=2, pipeline=2)
+    assert [place for place, *_ in found] == [[0, 0, 0, 0], [1, 0, 0, 1], [0, 1, 0, 2], [1, 1, 0, 3]]
+    assert {tuple(sizes) for _, sizes, *_ in found} == {(2, 2, 1, 4)}
+    assert [writer for *_, writer, _ in found] == [True, False, False, False]
+    assert found[0][3] == "tensor 2 × pipeline 2 × data 1"
+    found = ranks.on_mesh(where, pipeline=2, data=2)
+    assert [place for place, *_ in found] == [[0, 0, 0, 0], [0, 0, 1, 0], [0, 1, 0, 1], [0, 1, 1, 1]]
+
+
+def create_wrongly():
+    import torch.distributed as dist
+
+    try:
+        Mesh.create(3, 1, device=torch.device("cpu"))
+    except ValueError as error:
+        return str(error)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_ranks_that_do_not_divide_are_refused(ranks):
+    message = (
+        "2 ranks do not divide by tensor 3 × pipeline 1: set parallel.tensor and parallel.pipeline, or start another"
+    )
+    assert all(found.startswith(message) and "\n" not in found for found in ranks.run(create_wrongly, count=2))
+
+
+def test_solo_and_device(monkeypatch):
+    mesh = Mesh.solo()
+    assert (mesh.size, mesh.rank, mesh.is_writer, mesh.device.type) == (1, 0, True, "cpu")
+    assert mesh.tensor.first and mesh.tensor.last
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert local_device(3) == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert local_device(1) == torch.device("cuda", 1)
+    with pytest.raises(ValueError, match="local rank 2 has no GPU of its own: this node has 2"):
+        local_device(2)
