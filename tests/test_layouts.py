@@ -6,7 +6,7 @@ import itertools
 from pathlib import Path
 
 import pytest
-from comparison import RELATIVE, assert_all_close, difference
+from comparison import BFLOAT16, RELATIVE, assert_all_close, difference
 from runs import Run, ranks_of, settings, train_here
 
 LAYOUTS = {
@@ -111,6 +111,12 @@ def test_kinds_of_training(trainer, name):
         run = trainer(8, overrides | LAYOUTS[layout])
         assert max(worst(run, single)) <= RELATIVE, f"{layout}: {worst(run, single)}"
         assert max(map(difference, run.validations(), single.validations())) <= RELATIVE, layout
+
+
+@pytest.mark.parametrize("layout", ["1 rank", "TP2", "PP2", *(f"DP2, ZeRO {stage}" for stage in range(4))])
+def test_bfloat16_follows_float32(trainer, layout):
+    run = trainer(4, {"training.dtype": "bfloat16"} | LAYOUTS.get(layout, {}))
+    assert RELATIVE < max(worst(run, trainer(4, {}))) <= BFLOAT16
 
 
 def test_another_run_is_told_apart(trainer):

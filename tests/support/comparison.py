@@ -12,6 +12,8 @@ from torch import Tensor
 RELATIVE = 1e-5
 # What a deliberate fault must exceed, so that a comparison that passes says something.
 FAULT = 100 * RELATIVE
+# Bfloat16 against float32, a few steps from the same start: 8 bits of precision.
+BFLOAT16 = 1e-2
 # Operations counted against the formula, which leaves out what is not a product of the layers or the word head.
 FLOPS = 0.02
 
