@@ -278,6 +278,8 @@ OPERATIONS = {
     "os.rename": (os, "rename"),
     "os.replace": (os, "replace"),
     "os.mkdir": (os, "mkdir"),
+    "os.unlink": (os, "unlink"),
+    "os.rmdir": (os, "rmdir"),
     "shutil.copytree": (shutil, "copytree"),
     "shutil.rmtree": (shutil, "rmtree"),
     "Path.mkdir": (Path, "mkdir"),
