@@ -67,7 +67,7 @@ class HuggingFaceFolder:
     def _add_state_dict(self, path: Path) -> None:
         try:  # weights_only: nothing in the file is executed; files older than torch 1.6 are no zip, and not mapped
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
             reason = str(error).strip().split("\n")[0]
             raise ValueError(f"{path} cannot be read as tensors alone ({reason}): save it as safetensors") from None
         self._read = {key: (lambda value=value: value) for key, value in state.items()}  # type: ignore[misc]
@@ -96,15 +96,18 @@ class HuggingFaceFolder:
         if self.config.get("pad_token_id", "missing") is None:
             fields["pad_token_id"] = None
         config = _parse(cls, fields, self.folder / "config.json")
+        closest: set[str] | None = None  # what is missing, by the heads of which the least is
         for heads in (("lm", "nsp"), ("lm",), ("nsp",), ()):
             if not set(heads) <= set(cls.heads_allowed):
                 continue
             needed = {key for keys in cls.huggingface_keys(config, heads).values() for key in keys}
-            if needed <= self.keys():
+            missing = needed - self.keys()
+            if not missing:
                 self._refuse_unknown(needed | set(cls.huggingface_aliases(config, heads)))
                 return cls, config, heads
-        missing = sorted({k for ks in cls.huggingface_keys(config, ()).values() for k in ks} - self.keys())
-        shown = ", ".join(missing[:3])
+            if closest is None or len(missing) < len(closest):
+                closest = missing
+        shown = ", ".join(sorted(closest or ())[:3])
         raise ValueError(f"{self.folder} lacks tensors of a {cls.name} model of this config.json, such as {shown}")
 
     def _refuse_unknown(self, needed: set[str]) -> None:
