@@ -128,9 +128,11 @@ def _axis(group: Any) -> Axis:
 
 
 def local_device(local_rank: int) -> torch.device:
-    """The GPU of this local rank where there is one, else the CPU."""
+    """The GPU of this local rank where there is one, else the CPU.  A launcher may show each rank its own GPU alone."""
     if torch.cuda.is_available():
         count = torch.cuda.device_count()
+        if count == 1:
+            return torch.device("cuda", 0)
         if local_rank >= count:
             raise ValueError(f"local rank {local_rank} has no GPU of its own: this node has {count}; start fewer ranks")
         return torch.device("cuda", local_rank)

@@ -11,21 +11,7 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 cd "$root"
 
-fail() {
-  echo "tests/run.sh: $*" >&2
-  exit 1
-}
-
-find_python() {
-  local candidate
-  for candidate in ${FARSPAN_PYTHON:-python3.11 python3.12 python3.13 python3}; do
-    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-      echo "$candidate"
-      return
-    fi
-  done
-  fail "no Python 3.11 or later${FARSPAN_PYTHON:+ at $FARSPAN_PYTHON}: install one, or set FARSPAN_PYTHON to its path"
-}
+. launch/venv.sh
 
 # Whether an interpreter has this clone, and what the tests need.
 is_ready() {
@@ -40,26 +26,10 @@ sys.exit(not (ready and spec and Path(spec.origin).resolve().parent == Path(sys.
 PYTHON
 }
 
-make_environment() {
-  local stamp base
-  stamp=".venv/tested-with-$(cat pyproject.toml constraints.txt version.py | cksum | tr ' ' '-')"
-  if [[ -e $stamp ]] && is_ready .venv/bin/python; then
-    return
-  fi
-  if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
-    base=$(find_python)
-    "$base" -m venv --clear .venv || fail "$base could not make a virtual environment: see above"
-  fi
-  echo "== install into .venv (the first time this takes minutes)"
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
-  rm -f .venv/tested-with-*
-  touch "$stamp"
-}
-
 if [[ -n ${VIRTUAL_ENV:-} ]] && is_ready "$VIRTUAL_ENV/bin/python"; then
   python=$VIRTUAL_ENV/bin/python
 else
-  make_environment
+  make_venv test
   python=$root/.venv/bin/python
 fi
 
