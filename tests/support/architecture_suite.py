@@ -25,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from farspan import load
+from farspan.kernels.dropout import DropoutKey
 from farspan.parallel.mesh import Mesh
 from farspan.parallel.sharding import initialize, logical_of
 from farspan.pretrain import checkpoint as ckpt
@@ -210,6 +211,9 @@ class ArchitectureSuite:
             ranks.on_mesh(rewrite_in_shards, tmp_path / "checkpoint", root, **layout)
             files = sorted(path.name for path in ckpt.find(root).glob("weights-*"))
             assert len(files) == 2, files
+            for name, entry in ckpt.Reader(ckpt.find(root)).manifest.tensors.items():
+                kept = sum(shard["stop"] - shard["start"] for shard in entry["shards"])
+                assert entry["dim"] is None or kept == entry["shape"][entry["dim"]], f"{name}: padding was saved"
             self._assert_exports(root, golden, root / "hf")
 
     def _assert_exports(self, checkpoint: Path, source: Path, out: Path) -> None:
@@ -261,6 +265,22 @@ class ArchitectureSuite:
         assert_differs(model(moved, dropout=dropout_key(moved))["lm_losses"], losses, "another sample")
         halves = [model(half, dropout=dropout_key(half))["lm_losses"] for half in batch.split(2)]
         assert_close(torch.cat(halves), losses, "microbatches of another size")
+
+    def test_no_two_dropout_masks_share_a_key(self, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Over all layers, places in a layer, heads, positions and samples of a step."""
+        described = self.described(variant)
+        model = described.filled(Mesh.solo())
+        batch = make_batch(described.config, "full")
+        rows, used = DropoutKey.rows, []
+
+        def recorded(self: DropoutKey, stream: int, positions: torch.Tensor) -> torch.Tensor:
+            used.append(rows(self, stream, positions))
+            return used[-1]
+
+        monkeypatch.setattr(DropoutKey, "rows", recorded)
+        model(batch, dropout=dropout_key(batch))
+        keys = torch.cat([keys.flatten() for keys in used])
+        assert len(used) > described.config.num_hidden_layers and len(keys.unique()) == len(keys)
 
     def test_stages_equal_whole(self, variant: str) -> None:
         described = self.described(variant)
