@@ -16,7 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..version import __version__
-from .environment import FAILURE_FILE, RankEnvironment, apply, idle_slurm_nodes, read_environment
+from .environment import (
+    FAILURE_FILE,
+    RankEnvironment,
+    apply,
+    check_address,
+    idle_slurm_nodes,
+    read_environment,
+)
 
 if TYPE_CHECKING:
     from ..pretrain.config import Config
@@ -164,6 +171,7 @@ def _train(args: argparse.Namespace) -> int:
         from .local import free_port
 
         environment = RankEnvironment(0, 0, 1, 1, "127.0.0.1", free_port())
+    check_address(environment)
     apply(environment)
     from ..pretrain.train import train
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import socket
 from collections.abc import Mapping, MutableMapping
 
 # srun numbers steps from 0; from here on the numbers mean something else: the batch script, the shell that salloc
@@ -67,6 +68,17 @@ def apply(environment: RankEnvironment, environ: MutableMapping[str, str] = os.e
     environ["LOCAL_WORLD_SIZE"] = str(environment.local_world_size)
     environ["MASTER_ADDR"] = environment.master_address
     environ["MASTER_PORT"] = str(environment.master_port)
+
+
+def check_address(environment: RankEnvironment) -> None:
+    """ValueError where the first rank's machine has no known address: torch would go on asking for half an hour."""
+    try:
+        socket.getaddrinfo(environment.master_address, environment.master_port)
+    except OSError:
+        raise ValueError(
+            f"the name {environment.master_address} of the first rank's machine has no address here: "
+            "set MASTER_ADDR to one that every node can reach"
+        ) from None
 
 
 def idle_slurm_nodes(environ: Mapping[str, str] = os.environ) -> int:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from farspan.launch.environment import (
     RankEnvironment,
     apply,
+    check_address,
     expand_node_list,
     expand_tasks_per_node,
     idle_slurm_nodes,
@@ -243,3 +244,9 @@ def test_tasks_per_node() -> None:
     assert expand_tasks_per_node("16") == [16]
     with pytest.raises(ValueError, match="2x2"):
         expand_tasks_per_node("2x2")
+
+
+def test_an_unknown_address_is_said_at_once() -> None:
+    check_address(RankEnvironment(0, 0, 2, 1, "127.0.0.1", 29501))
+    with pytest.raises(ValueError, match=r"^the name no-such-node\.invalid .* set MASTER_ADDR"):
+        check_address(RankEnvironment(0, 0, 2, 1, "no-such-node.invalid", 29501))
