@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
 
 from .models import ARCHITECTURES, architecture
-from .models.base import ModelConfig
+from .models.config import ModelConfig
 from .objectives import OBJECTIVES
 from .schedule import check_schedule
 from .validation import one_line

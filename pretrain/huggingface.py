@@ -24,7 +24,8 @@ from ..parallel.mesh import Mesh
 from . import checkpoint as ckpt
 from .files import read_json, sync, write_json
 from .models import architecture
-from .models.base import LanguageModel, ModelConfig, Stage
+from .models.base import LanguageModel, Stage
+from .models.config import ModelConfig
 from .validation import one_line
 
 TOKENIZER_FILES = (

@@ -13,7 +13,8 @@ from ..parallel.sharding import logical_of
 from . import checkpoint as ckpt
 from .batch import Batch
 from .huggingface import HuggingFaceFolder, build, logical_tensor, model_of, rename
-from .models.base import LanguageModel, ModelConfig
+from .models.base import LanguageModel
+from .models.config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What all architectures share: configuration fields, embeddings, the stack of layers, heads, and stage splitting.
+"""What all architectures share: embeddings, the stack of layers, heads, and stage splitting.
 
 An architecture (one file beside this one) subclasses ``LanguageModel`` and says only what differs: its configuration's
 defaults, its layer, its embeddings' norm and positions, its Hugging Face keys, its FLOPs.
@@ -13,67 +13,16 @@ import dataclasses
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from ...kernels.activation import ACTIVATIONS
 from ...kernels.dropout import DropoutKey, dropout, stream
 from ...parallel.layers import Embedding, LayerNorm, VocabParallelEmbedding
 from ...parallel.mesh import Mesh
 from ..batch import Batch
+from .config import ModelConfig
 from .heads import LanguageModelHead, SentenceHead
 
 EMBEDDING_DROPOUT = 0  # the only place of dropout of layer -1
-
-
-class ModelConfig(BaseModel):
-    """The fields that all architectures have, named as in Hugging Face's config.json."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
-
-    model_type: str
-    vocab_size: int = Field(0, ge=0, description="0: taken from the prepared data's tokenizer")
-    hidden_size: int = Field(768, gt=0)
-    num_hidden_layers: int = Field(12, gt=0)
-    num_attention_heads: int = Field(12, gt=0)
-    intermediate_size: int = Field(3072, gt=0)
-    hidden_act: str = "gelu"
-    hidden_dropout_prob: float = Field(0.1, ge=0.0, lt=1.0)
-    attention_probs_dropout_prob: float = Field(0.1, ge=0.0, lt=1.0)
-    max_position_embeddings: int = Field(512, gt=0)
-    type_vocab_size: int = Field(2, gt=0)
-    initializer_range: float = Field(0.02, gt=0.0)
-    layer_norm_eps: float = Field(1e-12, gt=0.0)
-    pad_token_id: int | None = Field(None, ge=0, description="taken from the prepared data's tokenizer where not set")
-    bos_token_id: int | None = None
-    eos_token_id: int | None = None
-    is_decoder: bool = Field(False, description="attend to earlier positions only (the clm objective)")
-    tie_word_embeddings: bool = True
-
-    @model_validator(mode="after")
-    def _check(self) -> ModelConfig:
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} does not divide by num_attention_heads {self.num_attention_heads}: "
-                "set one to fit the other"
-            )
-        if self.hidden_act not in ACTIVATIONS:
-            raise ValueError(f"hidden_act {self.hidden_act!r} is unknown: choose one of {', '.join(ACTIVATIONS)}")
-        if self.vocab_size and self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
-            raise ValueError(f"pad_token_id {self.pad_token_id} is not below vocab_size {self.vocab_size}: lower it")
-        return self
-
-    @property
-    def position_padding_index(self) -> int | None:
-        """The row of the position table that padding has, if it has one of its own."""
-        return None
-
-    @property
-    def longest_sequence(self) -> int:
-        """The most tokens a row may have."""
-        return self.max_position_embeddings
-
-
 HuggingFaceKeys = dict[str, tuple[str, ...]]
 
 

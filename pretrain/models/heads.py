@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,9 +10,7 @@ from ...kernels.activation import ACTIVATIONS
 from ...parallel.layers import LayerNorm, Linear, VocabParallelHead, word_table
 from ...parallel.mesh import Mesh
 from ...parallel.sharding import Logical
-
-if TYPE_CHECKING:
-    from .base import ModelConfig
+from .config import ModelConfig
 
 
 class LanguageModelHead(nn.Module):

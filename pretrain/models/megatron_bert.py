@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .base import HuggingFaceKeys, LanguageModel, ModelConfig, layer_keys
+from .base import HuggingFaceKeys, LanguageModel, layer_keys
+from .config import ModelConfig
 from .transformer import (
     PreNormLayer,
     TransformerConfig,

@@ -9,7 +9,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from ..batch import Batch
-from .base import HuggingFaceKeys, LanguageModel, ModelConfig, layer_keys
+from .base import HuggingFaceKeys, LanguageModel, layer_keys
+from .config import ModelConfig
 from .transformer import (
     PreNormLayer,
     TransformerConfig,

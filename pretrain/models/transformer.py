@@ -20,7 +20,8 @@ from ...parallel.layers import (
     require_divisible,
 )
 from ...parallel.mesh import Mesh
-from .base import Context, HuggingFaceKeys, ModelConfig, layer_keys
+from .base import Context, HuggingFaceKeys, layer_keys
+from .config import ModelConfig
 
 PositionEmbeddingType = Literal["absolute", "relative_key", "relative_key_query"]
 # Places of dropout within a layer (see kernels.dropout.stream).

@@ -30,7 +30,8 @@ from farspan.parallel.mesh import Mesh
 from farspan.parallel.sharding import initialize, logical_of
 from farspan.pretrain import checkpoint as ckpt
 from farspan.pretrain.huggingface import from_huggingface, model_of, to_huggingface
-from farspan.pretrain.models.base import LanguageModel, ModelConfig, Stage
+from farspan.pretrain.models.base import LanguageModel, Stage
+from farspan.pretrain.models.config import ModelConfig
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

@@ -14,7 +14,8 @@ from farspan.parallel.sharding import initial_value, logical_name, logical_of
 from farspan.pretrain.batch import AttentionKind, Batch
 from farspan.pretrain.losses import Counts, LossFunction
 from farspan.pretrain.models import architecture
-from farspan.pretrain.models.base import LanguageModel, ModelConfig, Stage
+from farspan.pretrain.models.base import LanguageModel, Stage
+from farspan.pretrain.models.config import ModelConfig
 
 TINY = {
     "vocab_size": 129,  # no tensor size divides it
