@@ -119,10 +119,10 @@ def merge_entries(parts: Iterable[dict[str, dict[str, Any]]]) -> dict[str, dict[
     return merged
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """One safetensors file, flushed to the disk.  OSError where it cannot be written."""
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
     except SafetensorError as error:  # not an OSError, whatever the reason
         raise OSError(f"{path}: {error}") from None
     sync(path)

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..parallel.mesh import Mesh
@@ -174,10 +173,7 @@ def to_huggingface(checkpoint: str | Path, out: str | Path, dtype: str | None = 
     kind = next(iter(tensors.values())).dtype
     origin = reader.manifest.huggingface.get("config", {})
     with _folder(target) as beside:
-        save_file(
-            {k: t.contiguous() for k, t in tensors.items()}, beside / "model.safetensors", metadata={"format": "pt"}
-        )
-        sync(beside / "model.safetensors")
+        ckpt.write_tensors(beside / "model.safetensors", tensors, {"format": "pt"})
         write_json(beside / "config.json", export_config(cls, config, heads, origin, kind))
         _copy_tokenizer(folder / "tokenizer", beside)
 
