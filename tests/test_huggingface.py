@@ -283,11 +283,11 @@ def test_a_failure_leaves_nothing(source: Path, tmp_path: Path, monkeypatch: pyt
 
     for name, action in (
         ("_copy_tokenizer", lambda: to_huggingface(tmp_path / "checkpoint", tmp_path / "out")),
-        ("save_file", lambda: to_huggingface(tmp_path / "checkpoint", tmp_path / "out")),
+        ("ckpt.write_tensors", lambda: to_huggingface(tmp_path / "checkpoint", tmp_path / "out")),
         ("sync", lambda: to_huggingface(tmp_path / "checkpoint", tmp_path / "out")),
     ):
         with monkeypatch.context() as patched:
-            patched.setattr(huggingface, name, full)
+            patched.setattr(f"{huggingface.__name__}.{name}", full)
             with pytest.raises(OSError, match="No space left"):
                 action()
         assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint", "source"]
