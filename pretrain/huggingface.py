@@ -6,11 +6,12 @@ nothing is computed and nothing rounded.
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import re
 import shutil
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +173,7 @@ def to_huggingface(checkpoint: str | Path, out: str | Path, dtype: str | None = 
         tensors[alias] = tensors[cls.huggingface_aliases(config, heads)[alias]].clone()
     kind = next(iter(tensors.values())).dtype
     origin = reader.manifest.huggingface.get("config", {})
-    with _folder(target) as beside:
+    with _new_folder(target) as beside:
         ckpt.write_tensors(beside / "model.safetensors", tensors, {"format": "pt"})
         write_json(beside / "config.json", export_config(cls, config, heads, origin, kind))
         _copy_tokenizer(folder / "tokenizer", beside)
@@ -189,7 +190,7 @@ def from_huggingface(folder: str | Path, out: str | Path) -> None:
         name: {"shape": list(t.shape), "dim": None, "shards": [{"file": "weights-t00-p00.safetensors"}]}
         for name, t in tensors.items()
     }
-    with _folder(Path(out)) as beside:
+    with _new_folder(Path(out)) as beside:
         ckpt.write_tensors(beside / "weights-t00-p00.safetensors", tensors)
         if any((source.folder / name).is_file() for name in TOKENIZER_FILES):
             (beside / "tokenizer").mkdir()
@@ -213,31 +214,27 @@ def _parse(cls: type[LanguageModel], fields: Mapping[str, Any], where: Path) -> 
         raise ValueError(f"{where}: {one_line(error)}") from None
 
 
-class _folder:
-    """A new folder that appears whole under its name, or not at all."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target.resolve()
-        self.beside = self.target.with_name(f".{self.target.name}.tmp")
-
-    def __enter__(self) -> Path:
-        if self.target.exists() and (not self.target.is_dir() or any(self.target.iterdir())):
-            raise ValueError(f"{self.target} exists and is not empty: give a new folder, nothing is overwritten")
-        self.target.parent.mkdir(parents=True, exist_ok=True)
-        if self.beside.exists():
-            shutil.rmtree(self.beside)
-        self.beside.mkdir()
-        return self.beside
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if kind is not None:
-            shutil.rmtree(self.beside, ignore_errors=True)
-            return
-        sync(self.beside)
-        if self.target.exists():
-            self.target.rmdir()
-        self.beside.replace(self.target)
-        sync(self.target.parent)
+@contextlib.contextmanager
+def _new_folder(target: Path) -> Iterator[Path]:
+    """A folder that appears whole under its name when the block ends, or not at all."""
+    target = target.resolve()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target} exists and is not empty: give a new folder, nothing is overwritten")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.with_name(f".{target.name}.tmp")
+    if beside.exists():
+        shutil.rmtree(beside)
+    try:
+        beside.mkdir()
+        yield beside
+        sync(beside)
+        if target.exists():
+            target.rmdir()
+        beside.replace(target)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    sync(target.parent)
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:
