@@ -19,9 +19,9 @@ rm -rf "$run" "$run-data" "$run-hf"
 say "preparing launch/text: tokenizer and token shards"
 "$farspan" prepare "$run-data" --input 'launch/text/*.txt' --vocab-size 4096 --validation-fraction 0.05
 
-# Every GPU, as far as the batch of 16 rows divides; on a CPU two ranks.
-ranks=$(.venv/bin/python -c 'import torch; print(max(n for n in (1, 2, 4, 8, 16) if n <= (torch.cuda.device_count() or 2)))')
-overrides=("training.micro_batch_size=$((16 / ranks))")
+# Every GPU, as far as the batch of 40 rows divides; on a CPU two ranks.
+ranks=$(.venv/bin/python -c 'import torch; print(max(n for n in (1, 2, 4, 8) if n <= (torch.cuda.device_count() or 2)))')
+overrides=("training.micro_batch_size=$((40 / ranks))")
 say "training on $ranks ranks, stopped half-way"
 "$farspan" train "$config" --ranks "$ranks" "${overrides[@]}" --stop-after 2000
 
