@@ -210,8 +210,10 @@ def _start_ranks(config: Config, ranks: int, args: argparse.Namespace) -> int:
 def _to_hf(args: argparse.Namespace) -> None:
     from ..pretrain.huggingface import to_huggingface
 
-    to_huggingface(args.checkpoint, args.out, dtype=args.dtype)
+    note = to_huggingface(args.checkpoint, args.out, dtype=args.dtype)
     print(f"wrote {args.out}")
+    if note:
+        _say(f"note: {note}")
 
 
 def _from_hf(args: argparse.Namespace) -> None:

@@ -154,11 +154,12 @@ def export_config(
     return fields
 
 
-def to_huggingface(checkpoint: str | Path, out: str | Path, dtype: str | None = None) -> None:
+def to_huggingface(checkpoint: str | Path, out: str | Path, dtype: str | None = None) -> str | None:
     """Write a checkpoint as a Hugging Face folder: config.json, model.safetensors, tokenizer files.
 
     ``checkpoint``: a step folder, or a run (its latest).  ``dtype``: float32, bfloat16 or float16; as saved by default.
-    ``out`` must not exist, or be empty; it appears whole or not at all.
+    ``out`` must not exist, or be empty; it appears whole or not at all.  Returns what to know when
+    loading it, if anything.
     """
     folder, target = ckpt.find(Path(checkpoint)), Path(out)
     reader = ckpt.Reader(folder)
@@ -177,6 +178,7 @@ def to_huggingface(checkpoint: str | Path, out: str | Path, dtype: str | None = 
         ckpt.write_tensors(beside / "model.safetensors", tensors, {"format": "pt"})
         write_json(beside / "config.json", export_config(cls, config, heads, origin, kind))
         _copy_tokenizer(folder / "tokenizer", beside)
+    return config.export_note
 
 
 def from_huggingface(folder: str | Path, out: str | Path) -> None:

@@ -307,3 +307,12 @@ def test_a_model_trained_here_gets_the_class_that_fits(tmp_path: Path, source: P
     assert {key: config[key] for key in manifest["model"] if manifest["model"][key] is not None} == {
         key: value for key, value in manifest["model"].items() if value is not None
     }
+
+
+def test_an_export_that_transformers_5_reads_wrongly_says_so(tmp_path: Path) -> None:
+    golden = Path(__file__).parent / "golden"
+    notes = {"megatron-bert-mlm-relative-key": "load it in transformers 4", "megatron-bert-clm": None}
+    for case, note in notes.items():
+        from_huggingface(golden / case, tmp_path / f"{case}-checkpoint")
+        said = to_huggingface(tmp_path / f"{case}-checkpoint", tmp_path / case)
+        assert said is None if note is None else note in str(said)

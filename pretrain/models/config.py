@@ -50,6 +50,11 @@ class ModelConfig(BaseModel):
         return None
 
     @property
+    def export_note(self) -> str | None:
+        """What someone who loads an export of such a model must know, if anything."""
+        return None
+
+    @property
     def longest_sequence(self) -> int:
         """The most tokens a row may have."""
         return self.max_position_embeddings

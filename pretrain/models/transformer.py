@@ -33,6 +33,14 @@ class TransformerConfig(ModelConfig):
 
     position_embedding_type: PositionEmbeddingType = "absolute"
 
+    @property
+    def export_note(self) -> str | None:
+        if self.position_embedding_type == "absolute":
+            return None
+        return (
+            f"transformers 5 ignores position_embedding_type {self.position_embedding_type}: load it in transformers 4"
+        )
+
 
 class SelfAttention(nn.Module):
     """Multi-head attention (arXiv 1706.03762, section 3.2), heads split over the tensor group.
