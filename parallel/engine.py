@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -126,8 +125,3 @@ class Engine:
     def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
         """Restore what ``optimizer_state`` gave on this rank in the same layout."""
         self.optimizer.load_state(state)
-
-    def close(self) -> None:
-        """Let go of hooks and buffers."""
-        with contextlib.suppress(AttributeError):
-            self.optimizer.engine.destroy()  # type: ignore[union-attr]

@@ -43,16 +43,22 @@ class Logical:
             raise ValueError(f"a tensor of shape {tuple(full.shape)} was given where {self.shape} is needed")
         if self.dim is None or (axis.size == 1 and self.padded in (None, self.shape[self.dim or 0])):
             return full.reshape(tuple(local_shape))
-        length = self.padded or self.shape[self.dim]
-        part = length // axis.size
-        start = min(axis.rank * part, self.shape[self.dim])
-        stop = min(start + part, self.shape[self.dim])
-        local = full.narrow(self.dim, start, stop - start)
-        if stop - start < part:  # padding rows are zero
-            missing = list(local.shape)
-            missing[self.dim] = part - (stop - start)
-            local = torch.cat((local, local.new_zeros(missing)), self.dim)
-        return local.reshape(tuple(local_shape))
+        start, stop = self.bounds(axis)
+        return self.pad(full.narrow(self.dim, start, stop - start), axis).reshape(tuple(local_shape))
+
+    def bounds(self, axis: Axis) -> tuple[int, int]:
+        """Which entries of the split dimension a rank holds, [start, stop); padding is not counted."""
+        assert self.dim is not None, "a tensor that is not split has no bounds"
+        total, part = self.shape[self.dim], self.local_shape(axis)[self.dim]
+        start = min(axis.rank * part, total)
+        return start, min(start + part, total)
+
+    def pad(self, local: Tensor, axis: Axis) -> Tensor:
+        """A rank's real entries, with zeros in the place of padding."""
+        assert self.dim is not None, "a tensor that is not split has no padding"
+        missing = list(local.shape)
+        missing[self.dim] = self.local_shape(axis)[self.dim] - local.shape[self.dim]
+        return torch.cat((local, local.new_zeros(missing)), self.dim) if missing[self.dim] else local
 
     def local_shape(self, axis: Axis) -> tuple[int, ...]:
         """Shape of one rank's slice as cut from the logical tensor (before the parameter's own reshape)."""

@@ -94,9 +94,7 @@ def local_slices(
         value = value.detach().reshape(logical.local_shape(axis))
         start, stop = 0, 0
         if logical.dim is not None:
-            total, part = logical.shape[logical.dim], value.shape[logical.dim]
-            start = min(axis.rank * part, total)
-            stop = min(start + part, total)
+            start, stop = logical.bounds(axis)
             value = value.narrow(logical.dim, 0, stop - start)
         tensors[name] = value.to("cpu", copy=True, memory_format=torch.contiguous_format)
         entries[name] = {
@@ -306,15 +304,8 @@ class Reader:
             )
         if logical.dim is None or entry["dim"] != logical.dim:  # an imported checkpoint lies there whole
             return logical.slice(self.tensor(name), axis, tuple(local_shape))
-        total, part = logical.shape[logical.dim], logical.local_shape(axis)[logical.dim]
-        start = min(axis.rank * part, total)
-        stop = min(start + part, total)
-        value = self._range(name, entry, start, stop)
-        if stop - start < part:
-            missing = list(value.shape)
-            missing[logical.dim] = part - (stop - start)
-            value = torch.cat((value, value.new_zeros(missing)), logical.dim)
-        return value.reshape(tuple(local_shape))
+        value = self._range(name, entry, *logical.bounds(axis))
+        return logical.pad(value, axis).reshape(tuple(local_shape))
 
     def optimizer(self, rank: int) -> dict[str, Tensor]:
         """The optimizer partition that this rank saved."""
