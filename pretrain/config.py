@@ -78,19 +78,23 @@ class OptimizerConfig(Section):
     """AdamW (arXiv 1711.05101); weight decay on matrices, not on norms and biases."""
 
     lr: float = Field(1e-4, gt=0.0, description="learning rate at the end of the warm-up")
-    beta1: float = Field(0.9, ge=0.0, lt=1.0)
-    beta2: float = Field(0.98, ge=0.0, lt=1.0)
-    eps: float = Field(1e-6, gt=0.0)
-    weight_decay: float = Field(0.01, ge=0.0)
+    beta1: float = Field(0.9, ge=0.0, lt=1.0, description="decay of the running mean of gradients, a step")
+    beta2: float = Field(0.98, ge=0.0, lt=1.0, description="decay of the running mean of their squares, a step")
+    eps: float = Field(1e-6, gt=0.0, description="added to the root of that mean")
+    weight_decay: float = Field(0.01, ge=0.0, description="share of a weight taken off a step, times the learning rate")
 
 
 class ScheduleConfig(Section):
     """The learning rate as a function of the step."""
 
-    name: Literal["linear", "cosine", "wsd", "constant"] = "linear"
-    warmup_steps: int = Field(0, ge=0)
+    name: Literal["linear", "cosine", "wsd", "constant"] = Field(
+        "linear",
+        description="what follows the warm-up: a line or half a cosine down to minimum_ratio; wsd: the peak, then a "
+        "line down over the last decay_steps; constant: the peak",
+    )
+    warmup_steps: int = Field(0, ge=0, description="steps of linear rise to optimizer.lr, counted in training.steps")
     minimum_ratio: float = Field(0.0, ge=0.0, le=1.0, description="last learning rate, as a share of optimizer.lr")
-    decay_steps: int | None = Field(None, gt=0, description="length of the last phase (wsd)")
+    decay_steps: int | None = Field(None, gt=0, description="length of the last phase; set with wsd, and only there")
 
 
 class ParallelConfig(Section):
@@ -125,7 +129,7 @@ class LoggingConfig(Section):
     """What is written while training."""
 
     interval: int = Field(10, gt=0, description="steps between console lines where there is no progress bar")
-    tensorboard: bool = True
+    tensorboard: bool = Field(True, description="write run_dir/tensorboard")
 
 
 def _parse_model(value: Any) -> Any:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ...kernels.activation import ACTIVATIONS
@@ -12,24 +15,30 @@ class ModelConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
-    model_type: str
+    model_type: str = Field(..., description="the architecture")
     vocab_size: int = Field(0, ge=0, description="0: taken from the prepared data's tokenizer")
-    hidden_size: int = Field(768, gt=0)
-    num_hidden_layers: int = Field(12, gt=0)
-    num_attention_heads: int = Field(12, gt=0)
-    intermediate_size: int = Field(3072, gt=0)
-    hidden_act: str = "gelu"
-    hidden_dropout_prob: float = Field(0.1, ge=0.0, lt=1.0)
-    attention_probs_dropout_prob: float = Field(0.1, ge=0.0, lt=1.0)
-    max_position_embeddings: int = Field(512, gt=0)
-    type_vocab_size: int = Field(2, gt=0)
-    initializer_range: float = Field(0.02, gt=0.0)
-    layer_norm_eps: float = Field(1e-12, gt=0.0)
+    hidden_size: int = Field(768, gt=0, description="features of a hidden state")
+    num_hidden_layers: int = Field(12, gt=0, description="layers")
+    num_attention_heads: int = Field(12, gt=0, description="attention heads of a layer; a divisor of hidden_size")
+    intermediate_size: int = Field(3072, gt=0, description="inner features of the feed-forward")
+    hidden_act: str = Field(
+        "gelu", description=f"activation of the feed-forward: {', '.join(ACTIVATIONS)} (`gelu` is the exact one)"
+    )
+    hidden_dropout_prob: float = Field(
+        0.1, ge=0.0, lt=1.0, description="dropout of the embeddings and of every branch before it is added"
+    )
+    attention_probs_dropout_prob: float = Field(0.1, ge=0.0, lt=1.0, description="dropout of the attention weights")
+    max_position_embeddings: int = Field(512, gt=0, description="rows of the position table")
+    type_vocab_size: int = Field(2, gt=0, description="rows of the token-type table")
+    initializer_range: float = Field(
+        0.02, gt=0.0, description="standard deviation of initial weights and embeddings (biases start at 0, norms at 1)"
+    )
+    layer_norm_eps: float = Field(1e-12, gt=0.0, description="added to the variance in every norm")
     pad_token_id: int | None = Field(None, ge=0, description="taken from the prepared data's tokenizer where not set")
-    bos_token_id: int | None = None
-    eos_token_id: int | None = None
+    bos_token_id: int | None = Field(None, description="taken from the prepared data's tokenizer where not set")
+    eos_token_id: int | None = Field(None, description="taken from the prepared data's tokenizer where not set")
     is_decoder: bool = Field(False, description="attend to earlier positions only (the clm objective)")
-    tie_word_embeddings: bool = True
+    tie_word_embeddings: bool = Field(True, description="the output weight is the word embedding")
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
@@ -43,6 +52,13 @@ class ModelConfig(BaseModel):
         if self.vocab_size and self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
             raise ValueError(f"pad_token_id {self.pad_token_id} is not below vocab_size {self.vocab_size}: lower it")
         return self
+
+    @classmethod
+    def with_default(cls, name: str, default: Any) -> Any:
+        """The field of this name for a subclass to declare anew: another default, the same constraints and words."""
+        field = copy.copy(cls.model_fields[name])
+        field.default = default
+        return field
 
     @property
     def position_padding_index(self) -> int | None:

@@ -16,12 +16,12 @@ from .transformer import (
 class MegatronBertConfig(TransformerConfig):
     """Fields and defaults of Hugging Face's MegatronBertConfig."""
 
-    model_type: str = "megatron-bert"
-    hidden_size: int = 1024
-    num_hidden_layers: int = 24
-    num_attention_heads: int = 16
-    intermediate_size: int = 4096
-    pad_token_id: int | None = 0
+    model_type: str = ModelConfig.with_default("model_type", "megatron-bert")
+    hidden_size: int = ModelConfig.with_default("hidden_size", 1024)
+    num_hidden_layers: int = ModelConfig.with_default("num_hidden_layers", 24)
+    num_attention_heads: int = ModelConfig.with_default("num_attention_heads", 16)
+    intermediate_size: int = ModelConfig.with_default("intermediate_size", 4096)
+    pad_token_id: int | None = ModelConfig.with_default("pad_token_id", 0)
 
 
 class MegatronBert(LanguageModel):

@@ -23,11 +23,10 @@ from .transformer import (
 class RobertaPreLayerNormConfig(TransformerConfig):
     """Fields and defaults of Hugging Face's RobertaPreLayerNormConfig."""
 
-    model_type: str = "roberta-prelayernorm"
-    # Positions are counted from it: it cannot be left out.
-    pad_token_id: int = Field(1, ge=0)  # type: ignore[assignment]
-    bos_token_id: int | None = 0
-    eos_token_id: int | None = 2
+    model_type: str = ModelConfig.with_default("model_type", "roberta-prelayernorm")
+    pad_token_id: int = Field(1, ge=0, description="the padding token's; positions are counted from it")  # type: ignore[assignment]
+    bos_token_id: int | None = ModelConfig.with_default("bos_token_id", 0)
+    eos_token_id: int | None = ModelConfig.with_default("eos_token_id", 2)
 
     @model_validator(mode="after")
     def _check_positions(self) -> RobertaPreLayerNormConfig:
