@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Mapping
 from typing import ClassVar
 
 import numpy as np
@@ -15,12 +16,15 @@ import torch
 
 from .batch import Batch
 from .data.hashing import Int64, below, hash64, uniform
-from .data.rows import ROW_MODES, RowArrays, Rows
+from .data.rows import NextSentenceRows, PackedRows, PaddedRows, RowArrays, Rows, SentenceOrderRows
 from .data.store import TokenStore
 from .data.tokenizer import Vocabulary
 
 # Purposes of random words, apart from those of data/rows.py.
 _CHOICE, _ACTION, _REPLACEMENT = range(100, 103)
+
+# Rows for objectives that know no sentences.
+_ONE_SEGMENT: Mapping[str, type[Rows]] = {"packed": PackedRows, "padded": PaddedRows}
 
 
 class Objective(abc.ABC):
@@ -29,7 +33,7 @@ class Objective(abc.ABC):
     name: ClassVar[str]
     heads: ClassVar[tuple[str, ...]]  # "lm", "nsp"
     causal: ClassVar[bool]
-    row_modes: ClassVar[tuple[str, ...]]  # those that it can learn from; the first is the default
+    row_modes: ClassVar[Mapping[str, type[Rows]]]  # the rows that it can learn from; the first are the default
 
     def __init__(self, rows: Rows) -> None:
         self.rows = rows
@@ -75,7 +79,7 @@ class MaskedLanguageModel(Objective):
     name = "mlm"
     heads: ClassVar[tuple[str, ...]] = ("lm",)
     causal = False
-    row_modes: ClassVar[tuple[str, ...]] = ("packed", "padded")
+    row_modes = _ONE_SEGMENT
 
     def __init__(
         self, rows: Rows, *, probability: float = 0.15, mask_fraction: float = 0.8, random_fraction: float = 0.1
@@ -141,14 +145,21 @@ class MaskedLanguageModel(Objective):
 
 
 class MaskedLanguageModelWithNextSentence(MaskedLanguageModel):
-    """Masked tokens, and whether the second segment follows the first (Devlin et al., BERT, section 3.1).
-
-    Sentence order (ALBERT) would be one more row mode whose second segment is the first's neighbour, swapped or not.
-    """
+    """Masked tokens, and whether the second segment follows the first or is of another document (Devlin et al., BERT,
+    NAACL 2019, section 3.1)."""
 
     name = "mlm+nsp"
     heads = ("lm", "nsp")
-    row_modes = ("pairs",)
+    row_modes: ClassVar[Mapping[str, type[Rows]]] = {"pairs": NextSentenceRows}
+
+
+class MaskedLanguageModelWithSentenceOrder(MaskedLanguageModel):
+    """Masked tokens, and whether two neighbouring segments stand in order or swapped (Lan et al., ALBERT, arXiv
+    1909.11942, section 3.1).  The head of two classes is the same as for next sentences."""
+
+    name = "mlm+sop"
+    heads = ("lm", "nsp")
+    row_modes: ClassVar[Mapping[str, type[Rows]]] = {"pairs": SentenceOrderRows}
 
 
 class CausalLanguageModel(Objective):
@@ -157,7 +168,7 @@ class CausalLanguageModel(Objective):
     name = "clm"
     heads = ("lm",)
     causal = True
-    row_modes = ("packed", "padded")
+    row_modes = _ONE_SEGMENT
 
     @property
     def predictions_per_row(self) -> int:
@@ -175,7 +186,13 @@ class CausalLanguageModel(Objective):
 
 
 OBJECTIVES: dict[str, type[Objective]] = {
-    kind.name: kind for kind in (MaskedLanguageModel, CausalLanguageModel, MaskedLanguageModelWithNextSentence)
+    kind.name: kind
+    for kind in (
+        MaskedLanguageModel,
+        CausalLanguageModel,
+        MaskedLanguageModelWithNextSentence,
+        MaskedLanguageModelWithSentenceOrder,
+    )
 }
 
 
@@ -198,17 +215,17 @@ def make_objective(
         store: the split.  For validation, give the same seed at every evaluation: it then sees the same masks.
         vocabulary: of the tokenizer that made the split.
         sequence_length: tokens a row.
-        row_mode: a key of ``ROW_MODES`` that the objective can learn from; None takes its first.
+        row_mode: one of the objective's ``row_modes``; None takes the first.
         seed: of order, cuts and masks.
         probability, mask_fraction, random_fraction: see ``MaskedLanguageModel``; causal models have none.
     """
     if name not in OBJECTIVES:
         raise ValueError(f"unknown objective {name!r}: choose one of {', '.join(OBJECTIVES)}")
     kind = OBJECTIVES[name]
-    mode = kind.row_modes[0] if row_mode is None else row_mode
+    mode = next(iter(kind.row_modes)) if row_mode is None else row_mode
     if mode not in kind.row_modes:
         raise ValueError(f"objective {name} does not work on {mode!r} rows: choose {' or '.join(kind.row_modes)}")
-    rows = ROW_MODES[mode](store, vocabulary, sequence_length, seed)
+    rows = kind.row_modes[mode](store, vocabulary, sequence_length, seed)
     if issubclass(kind, MaskedLanguageModel):
         return kind(rows, probability=probability, mask_fraction=mask_fraction, random_fraction=random_fraction)
     return kind(rows)

@@ -143,19 +143,29 @@ def test_the_same_row_is_masked_differently_in_another_epoch(store):
     assert not torch.equal(*masks)
 
 
-def test_pairs_have_two_heads(store):
-    objective = build(store, "mlm+nsp")
+@pytest.mark.parametrize("name", ["mlm+nsp", "mlm+sop"])
+def test_pairs_have_two_heads(store, name):
+    objective = build(store, name)
     assert objective.heads == ("lm", "nsp") and not objective.causal
     batch = objective.batch(np.arange(200))
     assert batch.sentence_labels.shape == (200,) and set(batch.sentence_labels.tolist()) == {0, 1}
+    assert build(store, name, row_mode="pairs").rows.rows_per_epoch == objective.rows.rows_per_epoch
+
+
+def test_the_two_kinds_of_pairs_differ_in_the_rows_of_label_1_alone(store):
+    following, ordered = (build(store, name, seed=5).rows.rows(np.arange(300)) for name in ("mlm+nsp", "mlm+sop"))
+    np.testing.assert_array_equal(following.sentence_labels, ordered.sentence_labels)
+    same = [np.array_equal(*ids) for ids in zip(following.input_ids, ordered.input_ids, strict=True)]
+    np.testing.assert_array_equal(same, following.sentence_labels == 0)
 
 
 def test_errors_are_one_clear_line(store):
     no_mask = dataclasses.replace(VOCABULARY, mask_id=None)
     cases = [
-        ({"name": "electra"}, "choose one of mlm, clm, mlm"),
+        ({"name": "electra"}, "choose one of mlm, clm, mlm\\+nsp, mlm\\+sop"),
         ({"name": "mlm", "row_mode": "pairs"}, "packed or padded"),
         ({"name": "mlm+nsp", "row_mode": "packed"}, "pairs"),
+        ({"name": "mlm+sop", "row_mode": "padded"}, "'padded' rows: choose pairs"),
         ({"name": "mlm+nsp", "sequence_length": 4}, "set it to 5"),
         ({"name": "mlm", "vocabulary": no_mask}, "mask token"),
         ({"name": "mlm", "probability": 0.0}, "above 0"),

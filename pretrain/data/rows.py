@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -17,7 +18,10 @@ from .store import TokenStore
 from .tokenizer import Vocabulary
 
 # Purposes of random words: streams with different numbers are independent.
-_ORDER, _ROTATION, _CUT, _UNRELATED, _OTHER, _START = range(6)
+_ORDER, _ROTATION, _CUT, _LABEL, _OTHER, _START = range(6)
+
+# Ranges of the stored stream, one a row: where they start, and their lengths.
+Segments = tuple[Int64, Int64]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +36,7 @@ class RowArrays:
 
 
 class Rows(abc.ABC):
-    """What the three ways of making rows share.
+    """What the ways of making rows share.
 
     Args:
         store: the tokens.
@@ -196,7 +200,7 @@ class PaddedRows(Rows):
         _, starts, lengths = self._piece(places)
         return self._frame([(starts, lengths)])
 
-    def _frame(self, segments: list[tuple[Int64, Int64]], sentence_labels: Int64 | None = None) -> RowArrays:
+    def _frame(self, segments: Sequence[Segments], sentence_labels: Int64 | None = None) -> RowArrays:
         """Lay out cls, then each segment (starts, lengths) with a sep after it, then padding."""
         vocabulary = self.vocabulary
         b, s = len(segments[0][0]), self.sequence_length
@@ -217,11 +221,11 @@ class PaddedRows(Rows):
 
 
 class PairRows(PaddedRows):
-    """Two segments a row, cls A sep B sep, for next-sentence prediction (Devlin et al., NAACL 2019, section 3.1).
+    """Two segments a row, cls A sep B sep, from a piece of a document that is cut in two at a random place.
 
-    A row's piece of a document is cut at a random place.  In half of the rows A and B are its two parts (label 0), in
-    the other half B is a random piece of another document, no longer than the part that it replaces (label 1).  A piece
-    of one token has no second part, so it is always paired with another document.
+    In half of the rows A and B are the two parts as they stand (label 0), in the other half they are what the kind of
+    pair makes of them (label 1).  A piece of one token has no second part and gives no row: documents of one token are
+    left out, and so is the last token of a document that would be alone in a row.
     """
 
     frame = 3
@@ -229,31 +233,59 @@ class PairRows(PaddedRows):
     def __init__(self, store: TokenStore, vocabulary: Vocabulary, sequence_length: int, seed: int) -> None:
         if sequence_length < 5:
             raise ValueError(f"sequence_length {sequence_length} cannot hold cls A sep B sep: set it to 5 or more")
+        super().__init__(store, vocabulary, sequence_length, seed)
+        if not self.rows_per_epoch:
+            raise ValueError(
+                f"split {store.split!r} of {store.folder} has no document of two or more tokens to cut in two: "
+                "prepare longer documents"
+            )
+
+    def _pieces_of(self, lengths: Int64) -> Int64:
+        return -(-(lengths - 1) // self.room)
+
+    def _cut(self, places: Int64, epochs: Int64) -> RowArrays:
+        documents, starts, lengths = self._piece(places)
+        first = 1 + self._random(_CUT, places, epochs, lengths - 1)
+        labels = self._random(_LABEL, places, epochs, np.full_like(lengths, 2))
+        a, b = (starts, first), (starts + first, lengths - first)
+        pairs = zip(self._change(a, b, documents, places, epochs), (a, b), strict=True)
+        segments = [(np.where(labels, new[0], old[0]), np.where(labels, new[1], old[1])) for new, old in pairs]
+        return self._frame(segments, labels)
+
+    @abc.abstractmethod
+    def _change(
+        self, a: Segments, b: Segments, documents: Int64, places: Int64, epochs: Int64
+    ) -> tuple[Segments, Segments]:
+        """What stands in place of A and B, two parts of ``documents``, in the rows of label 1."""
+
+
+class NextSentenceRows(PairRows):
+    """Label 1: B is a random piece of another document, no longer than the part that it replaces (Devlin et al., BERT,
+    NAACL 2019, section 3.1)."""
+
+    def __init__(self, store: TokenStore, vocabulary: Vocabulary, sequence_length: int, seed: int) -> None:
         if store.documents < 2:
             raise ValueError(
-                f"split {store.split!r} of {store.folder} has one document, sentence pairs need two or more: "
+                f"split {store.split!r} of {store.folder} has one document, next-sentence pairs need two or more: "
                 "prepare more text, or cut it into documents with --document-separator"
             )
         super().__init__(store, vocabulary, sequence_length, seed)
 
-    def _cut(self, places: Int64, epochs: Int64) -> RowArrays:
-        documents, starts, lengths = self._piece(places)
-        offsets = self.store.offsets
-        one = np.ones_like(lengths)
-        first = one + self._random(_CUT, places, epochs, np.maximum(lengths - 1, 1))
-        first = np.minimum(first, lengths)
-        second = np.maximum(lengths - first, 1)
-        unrelated = (self._random(_UNRELATED, places, epochs, 2 * one) == 1) | (lengths < 2)
+    def _change(
+        self, a: Segments, b: Segments, documents: Int64, places: Int64, epochs: Int64
+    ) -> tuple[Segments, Segments]:
         # Any document but the row's own, and any place in it where the segment fits.
-        others = (documents + 1 + self._random(_OTHER, places, epochs, (self.store.documents - 1) * one)) % (
-            self.store.documents
-        )
-        other_lengths = offsets[others + 1] - offsets[others]
-        other_second = np.minimum(second, other_lengths)
-        other_starts = offsets[others] + self._random(_START, places, epochs, other_lengths - other_second + 1)
-        segment_a = (starts, first)
-        segment_b = (np.where(unrelated, other_starts, starts + first), np.where(unrelated, other_second, second))
-        return self._frame([segment_a, segment_b], unrelated.astype(np.int64))
+        n, offsets = self.store.documents, self.store.offsets
+        others = (documents + 1 + self._random(_OTHER, places, epochs, np.full_like(documents, n - 1))) % n
+        available = offsets[others + 1] - offsets[others]
+        lengths = np.minimum(b[1], available)
+        return a, (offsets[others] + self._random(_START, places, epochs, available - lengths + 1), lengths)
 
 
-ROW_MODES: dict[str, type[Rows]] = {"packed": PackedRows, "padded": PaddedRows, "pairs": PairRows}
+class SentenceOrderRows(PairRows):
+    """Label 1: the two parts are swapped (Lan et al., ALBERT, arXiv 1909.11942, section 3.1)."""
+
+    def _change(
+        self, a: Segments, b: Segments, documents: Int64, places: Int64, epochs: Int64
+    ) -> tuple[Segments, Segments]:
+        return b, a

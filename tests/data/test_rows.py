@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from farspan.pretrain.data.hashing import hash64, permute
-from farspan.pretrain.data.rows import PackedRows, PaddedRows, PairRows
+from farspan.pretrain.data.rows import NextSentenceRows, PackedRows, PaddedRows, SentenceOrderRows
 from farspan.pretrain.data.store import TokenStore, write_dataset
 from farspan.pretrain.data.tokenizer import Vocabulary
 
@@ -126,17 +126,8 @@ def test_padded_rows_are_the_documents_cut_to_fit(folder, lengths, s, seed, numb
     assert sorted(got) == sorted([list(map(int, row)) for row in expected])
 
 
-@QUICK
-@given(lengths=CORPORA, s=st.integers(5, 50), seed=st.integers(0, 1000), number=st.integers(0, 5))
-def test_pairs_are_two_pieces_in_order_or_of_two_documents(folder, lengths, s, seed, number):
-    store, documents = make_store(folder, lengths)
-    if len(documents) < 2:
-        with pytest.raises(ValueError, match="two or more"):
-            PairRows(store, VOCABULARY, s, seed)
-        return
-    owner = {int(token): index for index, document in enumerate(documents) for token in document}
-    rows = PairRows(store, VOCABULARY, s, seed)
-    made = epoch(rows, number)
+def pairs_of(made, s):
+    """(A, B, label) of each row, once its frame is found to be right."""
     for ids, real, types, label in zip(
         made.input_ids, made.document_ids, made.token_type_ids, made.sentence_labels, strict=True
     ):
@@ -145,25 +136,64 @@ def test_pairs_are_two_pieces_in_order_or_of_two_documents(folder, lengths, s, s
         a, b = body[1:cut], body[cut + 1 : -1]
         assert a and b and body == [*framed(a), *b, VOCABULARY.sep_id]
         assert types.tolist() == [0] * (cut + 1) + [1] * (len(b) + 1) + [0] * (s - len(body))
-        for segment in (a, b):
-            assert segment == list(range(segment[0], segment[0] + len(segment)))
-            assert len({owner[token] for token in segment}) == 1
-        assert label == (owner[a[0]] != owner[b[0]])
-        if label == 0:
-            assert b[0] == a[-1] + 1
+        assert label in (0, 1)
+        yield a, b, label
 
 
-def test_pairs_are_even_and_change_with_the_epoch(folder):
+def pieces_for_pairs(documents, s):
+    """Every document cut to fit, without pieces that are too short to be cut in two."""
+    room = s - 3
+    pieces = [d[i : i + room].tolist() for d in documents for i in range(0, len(d), room)]
+    return [piece for piece in pieces if len(piece) > 1]
+
+
+@pytest.mark.parametrize("kind", [NextSentenceRows, SentenceOrderRows])
+@QUICK
+@given(lengths=CORPORA, s=st.integers(5, 50), seed=st.integers(0, 1000), number=st.integers(0, 5))
+def test_pairs_are_the_pieces_of_documents_cut_in_two(folder, kind, lengths, s, seed, number):
+    store, documents = make_store(folder, lengths)
+    pieces = pieces_for_pairs(documents, s)
+    needs_two = kind is NextSentenceRows and len(documents) < 2
+    if needs_two or not pieces:
+        with pytest.raises(ValueError, match="need two or more" if needs_two else "no document of two or more tokens"):
+            kind(store, VOCABULARY, s, seed)
+        return
+    rows = kind(store, VOCABULARY, s, seed)
+    assert rows.rows_per_epoch == len(pieces)
+    owner = {int(token): index for index, document in enumerate(documents) for token in document}
+    starting = {piece[0]: piece for piece in pieces}
+    for a, b, label in pairs_of(epoch(rows, number), s):
+        if label and kind is SentenceOrderRows:
+            a, b = b, a
+        piece = starting.pop(a[0])  # each is used once
+        if label and kind is NextSentenceRows:
+            assert a == piece[: len(a)] and len(a) < len(piece)
+            assert b == list(range(b[0], b[0] + len(b)))
+            others = {owner[token] for token in b}
+            assert len(others) == 1 and owner[a[0]] not in others
+            assert len(b) == min(len(piece) - len(a), len(documents[others.pop()]))
+        else:
+            assert a + b == piece
+    assert not starting
+
+
+@pytest.mark.parametrize("kind", [NextSentenceRows, SentenceOrderRows])
+def test_pairs_are_even_and_change_with_the_epoch(folder, kind):
     store, _ = make_store(folder, [[30] * 800])
-    rows = PairRows(store, VOCABULARY, 128, 5)
-    labels = np.concatenate([epoch(rows, number).sentence_labels for number in range(5)])
+    rows = kind(store, VOCABULARY, 128, 5)
+    epochs = [epoch(rows, number) for number in range(5)]
+    labels = np.concatenate([made.sentence_labels for made in epochs])
     assert abs(labels.mean() - 0.5) < 0.03
-    lengths = (epoch(rows, 0).token_type_ids == 1).sum(axis=1)
+    lengths = np.concatenate([(made.token_type_ids == 1).sum(axis=1) for made in epochs])
     assert lengths.std() > 5
+    # The length of a segment, which any model sees, does not tell the label.
+    for some in (lengths % 2 == 0, lengths % 2 == 1, lengths < 10, lengths > 20):
+        assert abs(labels[some].mean() - 0.5) < 0.06
 
 
-@pytest.mark.parametrize(("kind", "s"), [(PackedRows, 16), (PaddedRows, 16), (PairRows, 16)])
-def test_a_row_is_the_same_alone_in_a_batch_and_after_a_restart(folder, kind, s):
+@pytest.mark.parametrize("kind", [PackedRows, PaddedRows, NextSentenceRows, SentenceOrderRows])
+def test_a_row_is_the_same_alone_in_a_batch_and_after_a_restart(folder, kind):
+    s = 16
     lengths = [[1, 2, 50, 7], [33] * 100, [5]]
     store, _ = make_store(folder, lengths)
     indices = np.array([1_000_000, 3, 1_000_001, 17, 999_999, 3])
@@ -199,6 +229,6 @@ def test_padded_rows_over_many_blocks(folder):
 
 def test_rows_too_short(folder):
     store, _ = make_store(folder, [[9, 9]])
-    for kind, s in ((PackedRows, 2), (PaddedRows, 2), (PairRows, 4)):
+    for kind, s in ((PackedRows, 2), (PaddedRows, 2), (NextSentenceRows, 4), (SentenceOrderRows, 4)):
         with pytest.raises(ValueError, match=f"sequence_length {s}.*set it to"):
             kind(store, VOCABULARY, s, 0)
