@@ -139,6 +139,16 @@ def test_more_features_do_not_change_the_first(features: int) -> None:
     assert torch.equal(mask(positions=5, features=features), mask(positions=5, features=200)[..., :features])
 
 
+@pytest.mark.parametrize("features", [1, 2, 7, 64])
+def test_features_from_another_than_the_first(features: int) -> None:
+    keys = DropoutKey(5, 2, torch.arange(3)).rows(4, torch.arange(6).unsqueeze(1)).t()  # strided too
+    whole = keep_mask(keys, 100, 0.3)
+    first = torch.tensor([[0], [1], [34]])
+    part = keep_mask(keys, features, 0.3, first)
+    for row, start in zip(range(3), first.flatten().tolist(), strict=True):
+        assert torch.equal(part[row], whole[row, :, start : start + features])
+
+
 def test_no_two_keys_are_equal() -> None:
     heads = torch.arange(4).view(-1, 1, 1) * (1 << 32)
     keys = torch.cat(
