@@ -257,8 +257,10 @@ def _is_for_the_user(error: Exception) -> bool:
 
 
 def _one_line(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError):
+        from ..pretrain.files import explain
+
+        return explain(error)
     return " ".join(str(error).split()) or type(error).__name__
 
 

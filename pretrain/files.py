@@ -1,13 +1,36 @@
-"""Files that are whole or not there: written beside, flushed to the disk, renamed."""
+"""Files that are whole or not there: written beside, flushed to the disk, renamed.  What a failure of theirs means."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
+
+# What to do about an error of the system, where that is known.
+_REMEDIES = {
+    errno.ENOSPC: "free some space there",
+    errno.EDQUOT: "free some of your quota there",
+    errno.EFBIG: "raise the limit on the size of files, ulimit -f",
+    errno.EACCES: "you need rights there, or another path",
+    errno.EPERM: "you need rights there, or another path",
+    errno.EROFS: "nothing can be written there, give another path",
+    errno.ENOTDIR: "a file stands where a folder is needed, give another path",
+    errno.EEXIST: "something else stands in its place, give another path",
+    errno.EISDIR: "a folder stands where a file is needed, move it away or give another path",
+}
+
+
+def explain(error: OSError) -> str:
+    """An error of the system in one line: which file, what is wrong, and what to do where that is known."""
+    if not error.strerror:
+        return " ".join(str(error).split()) or type(error).__name__
+    where = "" if error.filename is None else f"{error.filename}: "
+    remedy = _REMEDIES.get(error.errno or 0)
+    return f"{where}{error.strerror}" + (f" ({remedy})" if remedy else "")
 
 
 def sync(path: Path) -> None:
@@ -30,10 +53,30 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        # A write that fails names no file, one by numpy no reason either, and nobody knows the name beside.
+        if isinstance(error, OSError) and error.errno is None:
+            raise OSError(f"{path} cannot be written whole ({error}): the disk may be full") from None
+        if isinstance(error, OSError) and error.filename in (None, str(beside)):
+            error.filename, error.filename2 = str(path), None
         raise
     sync(path.parent)
+
+
+@contextlib.contextmanager
+def parents_of(path: Path) -> Iterator[None]:
+    """Make the folders that ``path`` is to lie in; where the block fails, those that are new and empty go again."""
+    new = [parent for parent in path.absolute().parents if not parent.exists()]  # the nearest first
+    try:
+        path.absolute().parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for parent in new:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        raise
 
 
 def write_text(path: Path, text: str) -> None:
@@ -47,11 +90,20 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path, what: str) -> Any:
-    """Parse a JSON file; ValueError in one line where it is missing or broken.  ``what``: what the file should be."""
+def read_json(path: Path, what: str, remedy: str = "put a whole one there") -> Any:
+    """Parse a JSON file; ValueError in one line where it is missing or broken.  ``what``: what its folder should be;
+    ``remedy``: what to do about a broken one."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise ValueError(f"{path} is missing: {path.parent} is not {what}, or not a whole one") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): it should be {what}'s JSON") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged (not JSON: {error}): {remedy}") from None
+
+
+def read_mapping(path: Path, what: str, remedy: str = "put a whole one there") -> dict[str, Any]:
+    """As ``read_json``, of a file that must hold a JSON object."""
+    value = read_json(path, what, remedy)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is damaged (it holds no JSON object): {remedy}")
+    return value
