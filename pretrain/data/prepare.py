@@ -1,12 +1,14 @@
 """``farspan prepare``: text to token shards, in parallel processes, resumable.
 
 While it works, the folder holds ``settings.json`` and ``.partial/``, with the document lengths of each finished shard.
+An error leaves it so, to go on from, or no folder at all if it was new and nothing is finished.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -14,6 +16,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -24,15 +27,23 @@ import numpy as np
 from tqdm import tqdm
 
 from ...version import __version__
-from ..files import replacing, write_json
+from ..files import parents_of, read_mapping, replacing, write_json
 from .hashing import Int64, hash64, uniform
 from .sources import FORMATS, SEPARATORS, Piece, Reading, find_sources, plan_shards, read_documents
-from .store import MANIFEST, SPLITS, read_manifest, token_dtype, write_index, write_manifest, write_shard
+from .store import (
+    MANIFEST,
+    SPLITS,
+    TOKENIZER,
+    read_manifest,
+    token_dtype,
+    write_index,
+    write_manifest,
+    write_shard,
+)
 from .tokenizer import TOKENIZER_FILE, TOKENIZER_KINDS, Encoder, Vocabulary, copy_tokenizer, train_tokenizer
 
 _SETTINGS = "settings.json"
 _PARTIAL = ".partial"
-_TOKENIZER = "tokenizer"
 # Purposes of random words.
 _SPLIT, _SHUFFLE, _SAMPLE = range(200, 203)
 # A tokenizer learns from at most this much text, drawn from the whole input.
@@ -104,13 +115,14 @@ def prepare(
         seed: of the split and of the order of documents.
         processes: how many work in parallel; None takes every core this process may use.
         shard_bytes: text per shard, see ``plan_shards``.
-        progress: show progress bars.
+        progress: show progress bars, where stderr is a terminal.
 
     Returns:
         The manifest, as in ``dataset.json``.
 
     Raises:
         ValueError: in one line, for settings or inputs that do not work, or a folder made with other settings.
+        OSError: the folder cannot be written, or the disk is full.
     """
     if not 0 <= validation_fraction < 1:
         raise ValueError(f"validation_fraction is {validation_fraction}: set it to 0 or more, and below 1")
@@ -122,7 +134,10 @@ def prepare(
     kind = train_kind or "bpe"
     if kind not in TOKENIZER_KINDS:
         raise ValueError(f"unknown tokenizer kind {kind!r}: choose one of {', '.join(TOKENIZER_KINDS)}")
+    if tokenizer is not None and (Path(tokenizer) / TOKENIZER_FILE).is_file():
+        Vocabulary.from_folder(tokenizer)  # says what is wrong with it before anything is made
     sources = find_sources(inputs, reading)
+    progress = progress and sys.stderr.isatty()
     trained = {"kind": kind, "vocab_size": vocab_size, "lowercase": lowercase}
     settings: dict[str, Any] = {
         "inputs": [dataclasses.asdict(source) for source in sources],
@@ -132,18 +147,45 @@ def prepare(
         "seed": seed,
         "shard_bytes": shard_bytes,
     }
-    finished = _claim(out, settings)
-    if finished is not None:
-        return finished
-    shards = plan_shards(sources, reading, shard_bytes)
-    jobs = [
-        _Job(out, number, tuple(pieces), reading, validation_fraction, seed) for number, pieces in enumerate(shards)
-    ]
-    if not (out / _TOKENIZER).exists():
-        _make_tokenizer(out, jobs, tokenizer, trained, progress)
-    vocabulary = Vocabulary.from_folder(out / _TOKENIZER)
-    _tokenize(jobs, vocabulary.size, processes or len(os.sched_getaffinity(0)), progress)
-    return _finish(out, jobs, vocabulary, settings)
+    with parents_of(out), _removed_if_nothing_is_made(out):
+        finished = _claim(out, settings)
+        if finished is not None:
+            return finished
+        shards = plan_shards(sources, reading, shard_bytes)
+        jobs = [
+            _Job(out, number, tuple(pieces), reading, validation_fraction, seed) for number, pieces in enumerate(shards)
+        ]
+        if not (out / TOKENIZER).exists():
+            _make_tokenizer(out, jobs, tokenizer, trained, progress)
+        vocabulary = Vocabulary.from_folder(out / TOKENIZER)
+        _tokenize(jobs, vocabulary.size, processes or len(os.sched_getaffinity(0)), progress)
+        return _finish(out, jobs, vocabulary, settings)
+
+
+@contextlib.contextmanager
+def _removed_if_nothing_is_made(out: Path) -> Iterator[None]:
+    """Where an error of the user's or the system's ends the block and no shard with text is finished, a folder that was
+    new or empty is so again.  Finished shards stay, and what an interrupt leaves: the same command goes on from there.
+    """
+    existed = out.is_dir()
+    new = not any(out.iterdir()) if existed else not out.exists()
+    try:
+        yield
+    except (ValueError, OSError):
+        if new and out.is_dir() and not _has_finished_text(out):
+            for made in out.iterdir():
+                shutil.rmtree(made) if made.is_dir() else made.unlink()
+            if not existed:
+                out.rmdir()
+        raise
+
+
+def _has_finished_text(out: Path) -> bool:
+    for lengths_file in (out / _PARTIAL).glob("*.npz"):
+        with np.load(lengths_file) as lengths:
+            if any(lengths[split].size for split in SPLITS):
+                return True
+    return False
 
 
 def _describe_tokenizer(tokenizer: str | Path) -> dict[str, Any]:
@@ -165,7 +207,8 @@ def _claim(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
         shutil.rmtree(out / _PARTIAL, ignore_errors=True)
         return manifest
     if recorded.is_file():
-        _compare(out, json.loads(recorded.read_text(encoding="utf-8")), settings)
+        there = read_mapping(recorded, "a dataset being prepared", f"remove {out} and prepare the data again")
+        _compare(out, there, settings)
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not a dataset being prepared: choose another folder")
     (out / _PARTIAL).mkdir(parents=True, exist_ok=True)
@@ -198,7 +241,7 @@ def _brief(value: Any) -> str:
 def _make_tokenizer(
     out: Path, jobs: Sequence[_Job], tokenizer: str | Path | None, trained: dict[str, Any], progress: bool
 ) -> None:
-    beside = out / _PARTIAL / f"{_TOKENIZER}.{os.getpid()}"
+    beside = out / _PARTIAL / f"{TOKENIZER}.{os.getpid()}"
     try:
         if tokenizer is not None:
             copy_tokenizer(tokenizer, beside)
@@ -212,7 +255,7 @@ def _make_tokenizer(
                 lowercase=trained["lowercase"],
                 progress=progress,
             )
-        beside.rename(out / _TOKENIZER)
+        beside.rename(out / TOKENIZER)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
@@ -248,10 +291,12 @@ def _tokenize(jobs: Sequence[_Job], vocabulary_size: int, processes: int, progre
         try:
             for future in concurrent.futures.as_completed([pool.submit(make, job) for job in pending]):
                 bar.update(future.result())
+        except ValueError as error:  # was raised in another process: its words count, not where it comes up again
+            raise ValueError(str(error)) from error
         except BrokenProcessPool:
             raise ValueError(
                 "a process of `prepare` was killed, perhaps for lack of memory: run it again, with fewer --processes; "
-                "finished shards are kept"
+                "what is finished is kept"
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
@@ -278,7 +323,7 @@ def _encoder(folder: Path) -> Encoder:
 def _make_shard(job: _Job, vocabulary_size: int) -> int:
     """Tokenize one shard into its files; returns the bytes of text it stands for."""
     dtype = token_dtype(vocabulary_size)
-    encoder = _encoder(job.out / _TOKENIZER)
+    encoder = _encoder(job.out / TOKENIZER)
     documents = [ids.astype(dtype) for texts in _batches(job.documents()) for ids in encoder.encode(texts)]
     numbers = np.arange(len(documents))
     validation = job.is_validation(numbers)

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import glob
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -80,11 +81,13 @@ def _expand(given: str, reading: Reading) -> list[Source]:
         if not names:
             raise ValueError(f"input {given!r} matches no file")
     elif path.is_dir():
-        raise ValueError(f"input {given} is a folder: name its files, as in '{given}/*', or set the format to dataset")
+        raise ValueError(f"input {given} is a folder: name its files, as in '{given}/*', or say --format dataset")
     elif reading.format is None and not path.suffix and not path.is_absolute():
         return [_dataset_source(given, reading)]
     else:
-        raise ValueError(f"input {given} is no file or folder: for a dataset by name, set the format to dataset")
+        raise ValueError(
+            f"input {given} is no file or folder: check the path, or say --format dataset for a name on the hub"
+        )
     return [_file_source(name, reading) for name in names]
 
 
@@ -232,7 +235,7 @@ def _decode(raw: bytes, path: str, offset: int) -> str:
 def _json_text(line: bytes, field: str, place: str) -> str:
     try:
         value = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{place} is not a line of JSON: {error}") from None
     if not isinstance(value, dict) or field not in value:
         found = f"has the fields {', '.join(value)}" if isinstance(value, dict) else "is not an object"
@@ -268,6 +271,8 @@ def _open_parquet(path: str) -> Any:
 def _load_dataset(name: str, reading: Reading) -> Any:
     import datasets
 
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     try:
         if (Path(name) / "dataset_dict.json").is_file() or (Path(name) / "state.json").is_file():
             loaded = datasets.load_from_disk(name)
@@ -275,6 +280,7 @@ def _load_dataset(name: str, reading: Reading) -> Any:
         return datasets.load_dataset(name, reading.dataset_config, split=reading.dataset_split)
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        hint = f"; if it is none, name its files, as in '{name}/*'" if Path(name).is_dir() else ""
         raise ValueError(
-            f"input {name} is no file, and datasets cannot load it (split {reading.dataset_split!r}): {reason}"
+            f"input {name} is no file, and datasets cannot load it (split {reading.dataset_split!r}): {reason}{hint}"
         ) from None

@@ -10,7 +10,7 @@ validation/...               the same
 from __future__ import annotations
 
 import bisect
-import json
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,14 +19,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..files import replacing, write_json
+from ..files import read_mapping, replacing, write_json
 from .hashing import Int64
 
 FORMAT = "farspan-tokens"
 VERSION = 1
 MANIFEST = "dataset.json"
 INDEX = "index.npy"
+TOKENIZER = "tokenizer"
 SPLITS = ("train", "validation")
+
+# Entries looked at together where a whole array is gone through.
+_SCAN = 1 << 24
 
 Tokens = npt.NDArray[np.unsignedinteger[Any]]
 
@@ -37,20 +41,49 @@ def token_dtype(vocabulary_size: int) -> np.dtype[Any]:
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """Read ``dataset.json``; a folder without one, or of another version, is a ``ValueError``."""
+    """Read ``dataset.json``; a folder without one, a damaged one, or one of another version is a ``ValueError``."""
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise ValueError(
             f"{folder} is not a prepared dataset (it has no {MANIFEST}): run `farspan prepare` to make one, "
             "or run it again if it was interrupted"
         )
-    manifest = json.loads(path.read_text(encoding="utf-8"))
+    manifest = read_mapping(path, "a prepared dataset", "prepare the data again")
     if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
         raise ValueError(
             f"{path} has format {manifest.get('format')!r} version {manifest.get('version')!r}, this Farspan reads "
             f"{FORMAT!r} version {VERSION}: prepare the data again"
         )
-    return dict(manifest)
+    if problem := _find_damage(manifest):
+        raise ValueError(f"{path} is damaged ({problem}): prepare the data again")
+    return manifest
+
+
+def _find_damage(manifest: dict[str, Any]) -> str | None:
+    """What the reader needs and the manifest does not say, if anything."""
+    if manifest.get("dtype") not in ("<u2", "<u4"):
+        return f"dtype is {manifest.get('dtype')!r}, not '<u2' or '<u4'"
+    if not isinstance(manifest.get("vocabulary_size", 1), int):
+        return "vocabulary_size is no number"
+    if not isinstance(manifest.get("splits"), dict):
+        return "it names no splits"
+    for split, described in manifest["splits"].items():
+        try:
+            counts = [described["documents"], described["tokens"], *(shard["tokens"] for shard in described["shards"])]
+            names = [shard["file"] for shard in described["shards"]]
+        except (KeyError, TypeError):
+            return f"split {split!r} lacks documents, tokens or shards"
+        if not all(isinstance(count, int) and count >= 0 for count in counts):
+            return f"split {split!r} has a count that is no number"
+        if not all(isinstance(name, str) for name in names):
+            return f"split {split!r} has a shard without a name"
+    return None
+
+
+def tokenizer_digest(folder: str | Path) -> str | None:
+    """SHA-256 of the ``tokenizer.json`` that lies with a dataset; None where there is none."""
+    path = Path(folder) / TOKENIZER / "tokenizer.json"
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 class TokenStore:
@@ -61,7 +94,8 @@ class TokenStore:
         split: "train" or "validation".
 
     Raises:
-        ValueError: in one line, for a missing or foreign manifest, an unknown or empty split, a damaged shard or index.
+        ValueError: in one line, for a missing or foreign manifest, an unknown or empty split, a damaged shard or index,
+            another tokenizer than the one that made the tokens.
     """
 
     def __init__(self, folder: str | Path, split: str = "train") -> None:
@@ -77,9 +111,18 @@ class TokenStore:
             raise ValueError(
                 f"split {split!r} of {folder} has no documents: prepare it with a larger share of the text"
             )
+        made_with = manifest.get("tokenizer_sha256")  # not in manifests of Farspan 0.1.0.dev0
+        if made_with is not None and made_with != tokenizer_digest(folder):
+            raise ValueError(
+                f"{self.folder / TOKENIZER} is not the tokenizer that the tokens of {folder} were made with: "
+                "put that one back, or prepare the data again"
+            )
         dtype = np.dtype(manifest["dtype"])
+        self._vocabulary_size: int = manifest.get("vocabulary_size", np.iinfo(dtype).max + 1)
+        self._paths = [self.folder / shard["file"] for shard in described["shards"]]
         self._shards = [
-            _open_shard(self.folder / shard["file"], shard["tokens"], dtype) for shard in described["shards"]
+            _open_shard(path, shard["tokens"], dtype)
+            for path, shard in zip(self._paths, described["shards"], strict=True)
         ]
         self._shard_starts = np.cumsum([0] + [shard.size for shard in self._shards]).tolist()
         self.offsets: Int64 = self._open_index(self.folder / split / INDEX)
@@ -95,6 +138,8 @@ class TokenStore:
             or self._shard_starts[-1] != self.tokens
         ):
             raise ValueError(f"index {path} does not agree with {MANIFEST}: prepare the data again")
+        if offsets.dtype != np.int64 or not _ascends_from_0(offsets):
+            raise ValueError(f"index {path} is damaged (no ascending int64 offsets): prepare the data again")
         return offsets.view(np.ndarray)
 
     def document(self, index: int) -> Tokens:
@@ -115,7 +160,23 @@ class TokenStore:
             for start, length in zip(starts.tolist(), lengths.tolist(), strict=True)
             for piece in self._pieces(start, length)
         ]
-        return np.concatenate(pieces, dtype=np.int64) if pieces else np.zeros(0, np.int64)
+        tokens = np.concatenate(pieces, dtype=np.int64) if pieces else np.zeros(0, np.int64)
+        if tokens.size and tokens.max() >= self._vocabulary_size:
+            raise self._foreign_token()
+        return tokens
+
+    def _foreign_token(self) -> ValueError:
+        """What to say of the first token id that is outside of the vocabulary."""
+        for path, shard in zip(self._paths, self._shards, strict=True):
+            for start in range(0, shard.size, _SCAN):
+                found = np.flatnonzero(shard[start : start + _SCAN] >= self._vocabulary_size)
+                if found.size:
+                    place = start + int(found[0])
+                    return ValueError(
+                        f"shard {path} is damaged (its token {place} is {shard[place]}, {MANIFEST} says that ids are "
+                        f"below {self._vocabulary_size}): prepare the data again"
+                    )
+        raise AssertionError("every token is in the vocabulary")
 
     def _pieces(self, start: int, length: int) -> list[Tokens]:
         pieces = []
@@ -135,8 +196,8 @@ class TokenStore:
         """Entropy in nats of the split's token frequencies: the loss of the best model that ignores all context."""
         counts = np.zeros(0, np.int64)
         for shard in self._shards:
-            for start in range(0, shard.size, 1 << 24):
-                part = np.bincount(shard[start : start + (1 << 24)], minlength=counts.size)
+            for start in range(0, shard.size, _SCAN):
+                part = np.bincount(shard[start : start + _SCAN], minlength=counts.size)
                 part[: counts.size] += counts
                 counts = part
         share = counts[counts > 0] / self.tokens
@@ -153,6 +214,11 @@ def _open_shard(path: Path, tokens: int, dtype: np.dtype[Any]) -> Tokens:
         return np.zeros(0, dtype)  # an empty file cannot be mapped
     # A plain array over the map: slices of np.memmap itself cost several times more.
     return np.memmap(path, dtype, "r").view(np.ndarray)
+
+
+def _ascends_from_0(offsets: Int64) -> bool:
+    parts = (offsets[start : start + _SCAN + 1] for start in range(0, offsets.size, _SCAN))
+    return bool(offsets[0] == 0) and all(bool((part[1:] >= part[:-1]).all()) for part in parts)
 
 
 def write_shard(path: Path, documents: Sequence[Tokens], dtype: np.dtype[Any]) -> Int64:
@@ -178,8 +244,9 @@ def write_index(folder: Path, split: str, lengths: Sequence[Int64]) -> dict[str,
 
 
 def write_manifest(folder: Path, splits: Mapping[str, Any], dtype: np.dtype[Any], **described: Any) -> None:
-    """Write ``dataset.json``, which makes the folder a finished dataset."""
-    content = {"format": FORMAT, "version": VERSION, "dtype": dtype.str, "splits": dict(splits), **described}
+    """Write ``dataset.json``, which makes the folder a finished dataset, from its tokenizer and shards."""
+    content = {"format": FORMAT, "version": VERSION, "dtype": dtype.str, "splits": dict(splits)}
+    content |= {"tokenizer_sha256": tokenizer_digest(folder), **described}
     write_json(folder / MANIFEST, content)
 
 
@@ -195,4 +262,4 @@ def write_dataset(
         described[split] = write_index(
             folder, split, [write_shard(p, a, dtype) for p, a in zip(paths, arrays, strict=True)]
         )
-    write_manifest(folder, described, dtype)
+    write_manifest(folder, described, dtype, vocabulary_size=vocabulary_size)

@@ -21,7 +21,7 @@ from tokenizers import (
     trainers,
 )
 
-from ..files import write_json
+from ..files import read_mapping, write_json
 from .hashing import Int64
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -67,7 +67,7 @@ class Vocabulary:
         """Read a tokenizer folder that has a ``tokenizer.json``.
 
         Raises:
-            ValueError: no tokenizer.json, or no token to frame documents with.
+            ValueError: no tokenizer.json, a damaged file, or no token to frame documents with.
         """
         folder = Path(folder)
         tokenizer = _read_tokenizer(folder)
@@ -109,7 +109,7 @@ def _read_tokenizer(folder: Path) -> Tokenizer:
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # `tokenizers` raises bare Exception
-        raise ValueError(f"{path} cannot be read as a tokenizer: {error}") from None
+        raise ValueError(f"{path} cannot be read as a tokenizer ({error}): give one that is whole") from None
 
 
 def _role_tokens(folder: Path) -> dict[str, str]:
@@ -117,7 +117,7 @@ def _role_tokens(folder: Path) -> dict[str, str]:
     roles = {}
     for name in _CONFIG_FILES:
         path = folder / name
-        described = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        described = read_mapping(path, "a Hugging Face tokenizer folder") if path.is_file() else {}
         for role in _ROLES:
             token = described.get(role)
             content = token.get("content") if isinstance(token, dict) else token
@@ -155,6 +155,8 @@ def copy_tokenizer(source: str | Path, out: Path) -> None:
         ValueError: there is no tokenizer.json and transformers is not installed, or cannot make one.
     """
     folder = Path(source)
+    if not folder.is_dir() and (folder.is_absolute() or len(folder.parts) > 2 or str(source).startswith(".")):
+        raise ValueError(f"tokenizer {source} is no folder: give one with a {TOKENIZER_FILE}, or a name on the hub")
     if (folder / TOKENIZER_FILE).is_file():
         out.mkdir(parents=True, exist_ok=True)
         for name in (TOKENIZER_FILE, *_COMPANIONS):
@@ -171,8 +173,11 @@ def copy_tokenizer(source: str | Path, out: Path) -> None:
     try:
         AutoTokenizer.from_pretrained(str(source)).save_pretrained(str(out))
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"tokenizer {source} cannot be loaded by transformers: {reason}") from None
+        lacks = f"has no {TOKENIZER_FILE}, and" if folder.is_dir() else "is no folder, and"
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"tokenizer {source} {lacks} cannot be loaded by transformers either: {reason[:300]}"
+        ) from None
     if not (out / TOKENIZER_FILE).is_file():
         raise ValueError(
             f"tokenizer {source} exists only in Python, it has no fast form that tokenizer.json could hold"
