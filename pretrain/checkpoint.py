@@ -13,6 +13,7 @@ under any layout, a slice at a time.  A checkpoint is written beside (``.step-00
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import shutil
 from collections.abc import Iterable
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 
 from ..parallel.mesh import Axis, Mesh
 from ..parallel.sharding import Logical, logical_name, logical_of
-from .files import read_json, sync, write_json, write_text
+from .files import explain, read_mapping, sync, write_json, write_text
 
 FORMAT, VERSION = "farspan-checkpoint", 1
 MANIFEST = "manifest.json"
@@ -58,16 +59,23 @@ class Manifest:
 
     @staticmethod
     def read(folder: Path) -> Manifest:
-        value = read_json(folder / MANIFEST, "a Farspan checkpoint")
-        value = value if isinstance(value, dict) else {}
+        value = read_mapping(folder / MANIFEST, "a Farspan checkpoint", "take another checkpoint")
         if value.get("format") != FORMAT or value.get("version") != VERSION:
             raise ValueError(
                 f"{folder / MANIFEST} is {value.get('format')!r} version {value.get('version')!r}; "
-                f"this Farspan reads {FORMAT!r} version {VERSION}"
+                f"this Farspan reads {FORMAT!r} version {VERSION}: take the Farspan that wrote it"
             )
         for name in ("step", "model", "heads", "tensors"):
             if name not in value:
-                raise ValueError(f"{folder / MANIFEST} is damaged: it says nothing of {name}")
+                raise ValueError(f"{folder / MANIFEST} is damaged: it says nothing of {name}; take another checkpoint")
+        for name, kind in (("step", int), ("heads", list)):
+            if not isinstance(value[name], kind):
+                raise ValueError(
+                    f"{folder / MANIFEST} is damaged: its {name} is {value[name]!r}; take another checkpoint"
+                )
+        for name in ("model", "tensors", "layout", "trainer", "huggingface", "config"):
+            if not isinstance(value.get(name, {}), dict):
+                raise ValueError(f"{folder / MANIFEST} is damaged: its {name} is no mapping; take another checkpoint")
         fields = {f.name: value[f.name] for f in dataclasses.fields(Manifest) if f.name in value}
         return Manifest(**{**fields, "heads": tuple(fields["heads"])})
 
@@ -122,8 +130,22 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
     except SafetensorError as error:  # not an OSError, whatever the reason
-        raise OSError(f"{path}: {error}") from None
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise OSError(f"{path}: {error}") from None
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
     sync(path)
+
+
+def open_tensors(path: Path, remedy: str) -> Any:
+    """A safetensors file to read from.  OSError where it cannot be opened; ValueError, with the ``remedy``, where it is
+    damaged."""
+    with path.open("rb"):  # of a file without rights safetensors says that it does not exist
+        pass
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error}): {remedy}") from None
 
 
 def step_folder(root: Path, step: int) -> Path:
@@ -159,7 +181,12 @@ def save(
         whole = dataclasses.replace(manifest, tensors=merge_entries(gathered))
         problem = _attempt(mesh, lambda: _publish(root, beside, final, whole, tokenizer) if mesh.is_writer else None)
     if problem is not None:
-        raise OSError(f"the checkpoint of step {manifest.step} was not saved ({problem}); older ones are untouched")
+        if mesh.is_writer:  # a full disk has better use for the room
+            shutil.rmtree(beside, ignore_errors=True)
+        raise OSError(
+            f"the checkpoint of step {manifest.step} was not saved ({problem}); older ones are untouched: "
+            "the same command goes on from the latest"
+        )
     problem = _attempt(mesh, lambda: _forget_old(root, keep_last) if mesh.is_writer else None)
     if problem is not None:
         raise OSError(
@@ -174,7 +201,7 @@ def _attempt(mesh: Mesh, action: Any) -> str | None:
     try:
         action()
     except OSError as error:
-        problem = f"rank {mesh.rank}: {error}"
+        problem = f"rank {mesh.rank}: {explain(error)}"
     if not dist.is_initialized():
         return problem
     problems: list[Any] = [None] * mesh.size
@@ -261,14 +288,18 @@ def find(path: Path) -> Path:
     if (path / MANIFEST).is_file():
         return path
     for root in (path, path / "checkpoints"):
-        newest = latest(root)
+        newest = latest(root) if root.is_dir() else None
         if newest is not None:
             return newest
     raise ValueError(f"{path} has no checkpoint: give a run folder, its checkpoints folder or one step-… folder")
 
 
 def latest(root: Path) -> Path | None:
-    """The checkpoint that ``latest`` names, or where that is missing or stale the newest whole one."""
+    """The checkpoint that ``latest`` names, or where that is missing or stale the newest whole one.
+
+    ValueError where ``root`` is no folder and cannot become one."""
+    if root.exists() and not root.is_dir():
+        raise ValueError(f"{root} is a file where the folder of checkpoints belongs: move it, or set another run_dir")
     pointer = root / "latest"
     if pointer.is_file():
         name = pointer.read_text(encoding="utf-8", errors="replace").strip()
@@ -289,19 +320,14 @@ class Reader:
     def names(self) -> list[str]:
         return list(self.manifest.tensors)
 
-    def tensor(self, name: str) -> Tensor:
-        """The whole logical tensor."""
-        entry = self._entry(name)
+    def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
+        """The whole logical tensor; ValueError where it is not of the ``shape`` that the model needs."""
+        entry = self._entry(name, shape)
         return self._range(name, entry, 0, entry["shape"][entry["dim"]] if entry["dim"] is not None else 0)
 
     def local(self, name: str, logical: Logical, axis: Axis, local_shape: Iterable[int]) -> Tensor:
         """A rank's slice, padded, in the parameter's own shape; reads only what it needs."""
-        entry = self._entry(name)
-        if tuple(entry["shape"]) != logical.shape:
-            raise ValueError(
-                f"{name} in {self.folder} has shape {tuple(entry['shape'])}, the model needs {logical.shape}: "
-                "the checkpoint is of another model configuration"
-            )
+        entry = self._entry(name, logical.shape)
         if logical.dim is None or entry["dim"] != logical.dim:  # an imported checkpoint lies there whole
             return logical.slice(self.tensor(name), axis, tuple(local_shape))
         value = self._range(name, entry, *logical.bounds(axis))
@@ -312,21 +338,34 @@ class Reader:
         handle = self._open(optimizer_file(rank))
         return {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 (not a dict)
 
-    def _entry(self, name: str) -> dict[str, Any]:
+    def _entry(self, name: str, shape: tuple[int, ...] | None) -> dict[str, Any]:
+        """What the manifest says of a tensor, which must be of this shape (None: of any)."""
         if name not in self.manifest.tensors:
             raise ValueError(f"{self.folder} has no tensor {name}: the checkpoint is of another model configuration")
-        return self.manifest.tensors[name]
+        entry = self.manifest.tensors[name]
+        if not _is_whole(entry):
+            raise ValueError(
+                f"{self.folder / MANIFEST} is damaged: it does not say where {name} lies; take another checkpoint"
+            )
+        if shape not in (None, tuple(entry["shape"])):
+            raise ValueError(
+                f"{name} in {self.folder} has shape {tuple(entry['shape'])}, the model needs {shape}: "
+                "the checkpoint is of another model configuration"
+            )
+        return entry
 
     def _range(self, name: str, entry: dict[str, Any], start: int, stop: int) -> Tensor:
         dim = entry["dim"]
         if dim is None:
-            return self._slice(entry["shards"][0]["file"], name)[:]
+            return self._slice(entry["shards"][0]["file"], name, entry["shape"])[:]
         pieces = []
         for shard in sorted(entry["shards"], key=lambda s: s["start"]):
             low, high = max(start, shard["start"]), min(stop, shard["stop"])
             if low < high:
-                view = self._slice(shard["file"], name)
-                index = [slice(None)] * len(entry["shape"])
+                shape = [*entry["shape"]]
+                shape[dim] = shard["stop"] - shard["start"]
+                view = self._slice(shard["file"], name, shape)
+                index = [slice(None)] * len(shape)
                 index[dim] = slice(low - shard["start"], high - shard["start"])
                 pieces.append(view[tuple(index)])
         if not pieces:  # a rank that holds nothing but padding
@@ -338,22 +377,36 @@ class Reader:
             raise ValueError(f"{name} in {self.folder} lacks entries {start}..{stop} along dimension {dim}")
         return whole
 
-    def _slice(self, file: str, name: str) -> Any:
+    def _slice(self, file: str, name: str, shape: list[int]) -> Any:
         try:
-            return self._open(file).get_slice(name)
+            view = self._open(file).get_slice(name)
         except SafetensorError:
-            raise ValueError(f"{self.folder / file} lacks {name}: the checkpoint is not whole") from None
+            raise ValueError(f"{self.folder / file} lacks {name}: the checkpoint is not whole, take another") from None
+        if view.get_shape() != shape or not view.get_dtype().startswith(("F", "BF")):
+            raise ValueError(
+                f"{self.folder / file} has {name} as {view.get_dtype()} {view.get_shape()}, {MANIFEST} says that it "
+                f"is floating point {shape}: the checkpoint is not whole, take another"
+            )
+        return view
 
     def _open(self, file: str) -> Any:
         if file not in self._files:
             path = self.folder / file
             if Path(file).name != file or not path.is_file():
-                raise ValueError(f"{path} is missing: the checkpoint is not whole")
-            try:
-                self._files[file] = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{path} is damaged ({error})") from None
+                raise ValueError(f"{path} is missing: the checkpoint is not whole, take another")
+            self._files[file] = open_tensors(path, "take another checkpoint")
         return self._files[file]
+
+
+def _is_whole(entry: Any) -> bool:
+    """Whether a tensor's entry in the manifest says all that reading it takes."""
+    try:
+        shape, dim, shards = entry["shape"], entry["dim"], entry["shards"]
+        bounds = [] if dim is None else [shape[dim], *(shard[end] for shard in shards for end in ("start", "stop"))]
+        numbers = all(isinstance(number, int) for number in (*shape, *bounds))
+        return bool(numbers and shards and all(isinstance(shard["file"], str) for shard in shards))
+    except (KeyError, TypeError, IndexError):
+        return False
 
 
 @torch.no_grad()

@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..parallel.mesh import Mesh
+from ..parallel.sharding import logical_of
 from . import checkpoint as ckpt
-from .files import read_json, sync, write_json
+from .files import parents_of, read_json, read_mapping, sync, write_json
 from .models import architecture
 from .models.base import LanguageModel, Stage
 from .models.config import ModelConfig
@@ -42,10 +42,9 @@ class HuggingFaceFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config: dict[str, Any] = read_json(folder / "config.json", "a Hugging Face model folder")
-        if not isinstance(self.config, dict):
-            raise ValueError(f"{folder / 'config.json'} is no mapping: {folder} is not a Hugging Face model folder")
+        self.config = read_mapping(folder / "config.json", "a Hugging Face model folder")
         self._read: dict[str, Callable[[], Tensor]] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
         names = self._safetensors_names()
         if all((folder / name).is_file() for name in names):
             for name in names:
@@ -60,7 +59,8 @@ class HuggingFaceFolder:
         if not index.is_file():
             return ["model.safetensors"]
         value = read_json(index, "a safetensors index")
-        names = sorted(set(value["weight_map"].values())) if isinstance(value, dict) and "weight_map" in value else []
+        table = value.get("weight_map") if isinstance(value, dict) else None
+        names = sorted({str(name) for name in table.values()}) if isinstance(table, dict) else []
         if not names or any(Path(name).name != name for name in names):
             raise ValueError(f"{index} is damaged: its weight_map should name files of {self.folder}")
         return names
@@ -68,18 +68,27 @@ class HuggingFaceFolder:
     def _add_state_dict(self, path: Path) -> None:
         try:  # weights_only: nothing in the file is executed; files older than torch 1.6 are no zip, and not mapped
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-            reason = str(error).strip().split("\n")[0]
+        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError):
+            reason = "it is damaged, or holds more than tensors"
             raise ValueError(f"{path} cannot be read as tensors alone ({reason}): save it as safetensors") from None
-        self._read = {key: (lambda value=value: value) for key, value in state.items()}  # type: ignore[misc]
+        if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+            reason = "it is no dictionary of tensors"
+            raise ValueError(f"{path} cannot be read as tensors alone ({reason}): save it as safetensors")
+        for key, value in state.items():
+            self._read[key] = lambda value=value: value  # type: ignore[misc]
+            self._note(path, key, list(value.shape), str(value.dtype), value.is_floating_point())
 
     def _add_safetensors(self, path: Path) -> None:
-        try:
-            handle = safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is damaged ({error})") from None
+        handle = ckpt.open_tensors(path, "copy it again")
         for key in handle.keys():  # noqa: SIM118 (not a dict)
             self._read[key] = lambda key=key: handle.get_tensor(key)  # type: ignore[misc]
+            view = handle.get_slice(key)
+            self._note(path, key, view.get_shape(), view.get_dtype(), view.get_dtype().startswith(("F", "BF")))
+
+    def _note(self, path: Path, key: str, shape: list[int], dtype: str, floating: bool) -> None:
+        if not floating and not _IGNORED.fullmatch(key):
+            raise ValueError(f"{key} in {path} is of type {dtype}: give weights in floating point, not quantized ones")
+        self._shapes[key] = tuple(shape)
 
     def keys(self) -> set[str]:
         return set(self._read)
@@ -89,7 +98,7 @@ class HuggingFaceFolder:
 
     def model(self) -> tuple[type[LanguageModel], ModelConfig, tuple[str, ...]]:
         """The architecture, its configuration and the heads that the folder has tensors for."""
-        cls = architecture(str(self.config.get("model_type", "")))
+        cls = _architecture(str(self.config.get("model_type", "")), self.folder / "config.json")
         for field, allowed in (("add_cross_attention", (False, None)), ("pruned_heads", ({}, None))):
             if self.config.get(field) not in allowed:
                 raise ValueError(f"{self.folder}/config.json sets {field}, which no pretraining objective here uses")
@@ -105,11 +114,23 @@ class HuggingFaceFolder:
             missing = needed - self.keys()
             if not missing:
                 self._refuse_unknown(needed | set(cls.huggingface_aliases(config, heads)))
+                self._check_shapes(cls, config, heads)
                 return cls, config, heads
             if closest is None or len(missing) < len(closest):
                 closest = missing
         shown = ", ".join(sorted(closest or ())[:3])
         raise ValueError(f"{self.folder} lacks tensors of a {cls.name} model of this config.json, such as {shown}")
+
+    def _check_shapes(self, cls: type[LanguageModel], config: ModelConfig, heads: tuple[str, ...]) -> None:
+        keys = cls.huggingface_keys(config, heads)
+        for name, whole in logical_shapes(cls, config, heads).items():
+            shape = whole if len(keys[name]) == 1 else whole[1:]
+            for key in keys[name]:
+                if self._shapes[key] != shape:
+                    raise ValueError(
+                        f"{key} in {self.folder} has shape {self._shapes[key]}, its config.json makes it {shape}: "
+                        "give the config.json that belongs to the weights"
+                    )
 
     def _refuse_unknown(self, needed: set[str]) -> None:
         unknown = sorted(k for k in self.keys() - needed if not _IGNORED.fullmatch(k))
@@ -140,6 +161,12 @@ def build(cls: type[LanguageModel], config: ModelConfig, heads: tuple[str, ...])
     return cls(config, Mesh.solo(), stage=Stage.whole(config), heads=heads)
 
 
+def logical_shapes(cls: type[LanguageModel], config: ModelConfig, heads: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+    """The shape of every logical tensor of a model; takes no memory."""
+    with torch.device("meta"):
+        return {name: logical_of(p).shape for name, p in build(cls, config, heads).named_parameters()}
+
+
 def export_config(
     cls: type[LanguageModel], config: ModelConfig, heads: tuple[str, ...], source: Mapping[str, Any], dtype: torch.dtype
 ) -> dict[str, Any]:
@@ -163,12 +190,12 @@ def to_huggingface(checkpoint: str | Path, out: str | Path, dtype: str | None = 
     """
     folder, target = ckpt.find(Path(checkpoint)), Path(out)
     reader = ckpt.Reader(folder)
-    cls, config, heads = model_of(reader.manifest)
-    keys = cls.huggingface_keys(config, heads)
+    cls, config, heads = model_of(reader.manifest, folder)
+    keys, shapes = cls.huggingface_keys(config, heads), logical_shapes(cls, config, heads)
     cast = _dtype(dtype) if dtype else None
     tensors: dict[str, Tensor] = {}
     for name, names in keys.items():
-        value = reader.tensor(name)
+        value = reader.tensor(name, shapes[name])
         tensors |= huggingface_tensors(value if cast is None else value.to(cast), names)
     for alias in _exported_aliases(cls, config, heads, reader.manifest.huggingface):
         tensors[alias] = tensors[cls.huggingface_aliases(config, heads)[alias]].clone()
@@ -203,10 +230,23 @@ def from_huggingface(folder: str | Path, out: str | Path) -> None:
         manifest.write(beside)
 
 
-def model_of(manifest: ckpt.Manifest) -> tuple[type[LanguageModel], ModelConfig, tuple[str, ...]]:
-    """Architecture, configuration and heads of a checkpoint."""
-    cls = architecture(manifest.model.get("model_type", ""))
-    return cls, _parse(cls, manifest.model, Path(ckpt.MANIFEST)), manifest.heads
+def model_of(
+    manifest: ckpt.Manifest, folder: Path | None = None
+) -> tuple[type[LanguageModel], ModelConfig, tuple[str, ...]]:
+    """Architecture, configuration and heads of a checkpoint; ``folder``: where it lies, for messages."""
+    where = Path(ckpt.MANIFEST) if folder is None else folder / ckpt.MANIFEST
+    cls = _architecture(str(manifest.model.get("model_type", "")), where)
+    for head in manifest.heads:
+        if head not in cls.heads_allowed:
+            raise ValueError(f"{where}: {cls.name} has no head {head!r}, only {', '.join(cls.heads_allowed)}")
+    return cls, _parse(cls, manifest.model, where), manifest.heads
+
+
+def _architecture(model_type: str, where: Path) -> type[LanguageModel]:
+    try:
+        return architecture(model_type)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def _parse(cls: type[LanguageModel], fields: Mapping[str, Any], where: Path) -> ModelConfig:
@@ -222,20 +262,20 @@ def _new_folder(target: Path) -> Iterator[Path]:
     target = target.resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} exists and is not empty: give a new folder, nothing is overwritten")
-    target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_name(f".{target.name}.tmp")
-    if beside.exists():
-        shutil.rmtree(beside)
-    try:
-        beside.mkdir()
-        yield beside
-        sync(beside)
-        if target.exists():
-            target.rmdir()
-        beside.replace(target)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
+    with parents_of(target):
+        if beside.exists():
+            shutil.rmtree(beside)
+        try:
+            beside.mkdir()
+            yield beside
+            sync(beside)
+            if target.exists():
+                target.rmdir()
+            beside.replace(target)
+        except BaseException:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise
     sync(target.parent)
 
 

@@ -118,14 +118,13 @@ def load(path: str | Path, *, device: torch.device | str = "cpu") -> LoadedModel
         source = HuggingFaceFolder(folder)
         cls, config, heads = source.model()
         keys = cls.huggingface_keys(config, heads)
-        read = lambda name: logical_tensor(source.tensor, keys[name])  # noqa: E731
+        network = build(cls, config, heads)
+        with torch.no_grad():
+            for name, parameter in network.named_parameters():
+                value = logical_tensor(source.tensor, keys[name])
+                parameter.copy_(logical_of(parameter).slice(value, network.mesh.tensor, parameter.shape))
     else:
         reader = ckpt.Reader(ckpt.find(folder))
-        cls, config, heads = model_of(reader.manifest)
-        read = reader.tensor
-    network = build(cls, config, heads)
-    axis = network.mesh.tensor
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            parameter.copy_(parameter.logical.slice(read(name), axis, parameter.shape))  # type: ignore[attr-defined]
+        network = build(*model_of(reader.manifest, reader.folder))
+        ckpt.load_weights(network, reader, network.mesh.tensor)
     return LoadedModel(network.to(device))

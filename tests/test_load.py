@@ -121,7 +121,7 @@ def test_what_cannot_be_loaded(run: Path, tmp_path: Path) -> None:
     for change, message in (
         ({"model": {**manifest["model"], "model_type": "mega2"}}, "model_type 'mega2' is unknown: choose one of "),
         ({"model": {**manifest["model"], "hidden_act": "x"}}, "manifest.json: hidden_act 'x' is unknown"),
-        ({"model": {**manifest["model"], "intermediate_size": 7}}, "was given where"),
+        ({"model": {**manifest["model"], "intermediate_size": 7}}, "(48, 32), the model needs (7, 32)"),
         ({"model": {**manifest["model"], "num_hidden_layers": 9}}, "has no tensor layers."),
         ({"version": 7}, "this Farspan reads 'farspan-checkpoint' version 1"),
     ):
