@@ -44,6 +44,7 @@ from farspan.pretrain.config import Config, parse_config  # noqa: E402
 from farspan.pretrain.data.prepare import prepare  # noqa: E402
 from farspan.pretrain.losses import Counts, LossFunction  # noqa: E402
 from farspan.pretrain.objectives import Objective  # noqa: E402
+from farspan.pretrain.schedule import BatchSizes  # noqa: E402
 from farspan.pretrain.train import stage_runner  # noqa: E402
 
 LENGTH, VOCABULARY, ROWS, PROBABILITY, RATE, CLIP = 128, 50265, 4, 0.15, 1e-4, 1.0
@@ -112,13 +113,14 @@ class FarspanSide:
         )
 
     def batches(self) -> Iterator[object]:
-        with run.loader_of(self.config, self.objective, self.mesh, rows=ROWS, prefetch=4) as loader:
+        with run.loader_of(self.objective, self.mesh, BatchSizes(ROWS), prefetch=4) as loader:
             yield from loader.steps()
 
     def step(self, batch: object) -> int:
         counts = Counts.of(batch, self.mesh)  # type: ignore[arg-type]
         self.engine.train_batch(
             batch.split(ROWS),  # type: ignore[attr-defined]
+            (ROWS, LENGTH),
             stage_runner(self.mesh, dropout=(0, 0)),
             lambda outputs, microbatch: self.loss(outputs, microbatch, counts),
             learning_rate=RATE,

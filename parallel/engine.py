@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -10,21 +11,29 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .loss_scale import LossScale
 from .mesh import Mesh
 from .pipeline import Loss, Schedule
 from .replicated import MakeOptimizer, ReplicatedOptimizer
 from .zero import ZeroOptimizer
 
-# (module, microbatch, received hidden states) → this stage's output
-RunStage = Callable[[Callable[..., Any], Any, Tensor | None], Any]
+# (module, microbatch, received hidden states, chunk) → the chunk's output
+RunStage = Callable[[Callable[..., Any], Any, Tensor | None, int], Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class StepResult:
-    """What a step reports: sums over all rows of the global batch, the same on every rank."""
+    """What a step reports, the same on every rank.
+
+    ``statistics``: sums over all rows of the global batch.  ``gradient_norm``: before clipping; where it is not finite
+    nothing was updated.  ``loss_scale``: what the step used.  ``rows``: what the loss function reported of each of this
+    data rank's rows, on the last stage (``Engine.gather_rows`` brings them together).
+    """
 
     statistics: list[float]
     gradient_norm: float
+    loss_scale: float
+    rows: Tensor
 
 
 class Engine:
@@ -43,56 +52,79 @@ class Engine:
         *,
         tied: nn.Parameter | None,
         zero_stage: int,
+        offload_optimizer: bool,
         dtype: torch.dtype,
         clip: float,
         hidden_size: int,
-        rows: int,
-        length: int,
         statistics: int,
+        loss_scale: LossScale,
     ) -> None:
         self.mesh, self.module, self.tied = mesh, module.to(device=mesh.device, dtype=dtype), tied
-        self.shape, self.statistics = (rows, length), statistics
+        self.statistics, self.loss_scale = statistics, loss_scale
         if tied is not None:
             # The last stage's copy: left out of the norm by DeepSpeed and by ours.
             tied.ds_pipe_replicated = not mesh.pipeline.first  # type: ignore[attr-defined]
         self.optimizer: ReplicatedOptimizer | ZeroOptimizer
-        if zero_stage == 0 or mesh.data.size == 1:  # with one replica there is nothing to partition
+        if zero_stage == 0 or (mesh.data.size == 1 and not offload_optimizer):  # one replica: nothing to partition
             self.optimizer = ReplicatedOptimizer(self.module, mesh, make_optimizer, clip=clip)
         else:
-            self.optimizer = ZeroOptimizer(self.module, mesh, make_optimizer, stage=zero_stage, clip=clip, rows=rows)
+            self.optimizer = ZeroOptimizer(
+                self.module, mesh, make_optimizer, stage=zero_stage, offload=offload_optimizer, clip=clip
+            )
         self.schedule = Schedule(mesh, hidden_size=hidden_size, dtype=dtype)
 
     def train_batch(
-        self, microbatches: Sequence[Any], run_stage: RunStage, loss: Loss, *, learning_rate: float
+        self,
+        microbatches: Sequence[Any],
+        shape: tuple[int, int],
+        run_stage: RunStage,
+        loss: Loss,
+        *,
+        learning_rate: float,
     ) -> StepResult:
         """One optimizer step; collective over the mesh.
 
-        ``loss(output, microbatch)`` returns this microbatch's share of the global loss (summed over microbatches and
-        replicas it is the loss) and its statistics.
+        ``shape``: (rows, tokens a row) of every microbatch.  ``loss(output, microbatch)`` returns this microbatch's
+        share of the global loss (summed over microbatches and replicas it is the loss), and in one float64 vector its
+        statistics followed by a value for each row.
         """
-        optimizer, replicas = self.optimizer, self.mesh.data.size if self.optimizer.averages_gradients else 1
+        optimizer, scale = self.optimizer, self.loss_scale.value
+        factor = scale * (self.mesh.data.size if optimizer.averages_gradients else 1)
         optimizer.begin_step()
         seen = 0
 
-        def forward(microbatch: Any, received: Tensor | None) -> Any:
+        def forward(microbatch: Any, received: Tensor | None, chunk: int) -> Any:
             nonlocal seen
             seen += 1
             optimizer.before_microbatch(last=seen == len(microbatches))
-            return run_stage(optimizer, microbatch, received)
+            return run_stage(optimizer, microbatch, received, chunk)
 
         def scaled(output: Any, microbatch: Any) -> tuple[Tensor, Tensor]:
             value, statistics = loss(output, microbatch)
-            return value * replicas, statistics
+            # A loss can be infinite with finite gradients: make them nan, so that the norm tells of both.
+            finite = torch.where(value.detach().isfinite(), factor, math.nan)
+            return value * finite, statistics
 
-        results = self.schedule.run(microbatches, self.shape, forward, scaled)
+        results = self.schedule.run(microbatches, shape, forward, scaled)
         self._reduce_tied()
-        norm = optimizer.step(learning_rate)
-        return StepResult(self._total(results), norm)
+        norm = optimizer.step(learning_rate, scale)
+        self.loss_scale.update(math.isfinite(norm))
+        rows = torch.cat([result[self.statistics :] for result in results]) if results else torch.empty(0)
+        return StepResult(self._total(results), norm, scale, rows)
 
-    def eval_batch(self, microbatches: Sequence[Any], run_stage: RunStage, loss: Loss) -> list[float]:
+    def eval_batch(
+        self, microbatches: Sequence[Any], shape: tuple[int, int], run_stage: RunStage, loss: Loss
+    ) -> list[float]:
         """The statistics of a batch, summed over all rows, the same on every rank; collective over the mesh."""
-        forward = lambda microbatch, received: run_stage(self.optimizer, microbatch, received)  # noqa: E731
-        return self._total(self.schedule.run(microbatches, self.shape, forward, loss, forward_only=True))
+        forward = lambda microbatch, received, chunk: run_stage(self.optimizer, microbatch, received, chunk)  # noqa: E731
+        return self._total(self.schedule.run(microbatches, shape, forward, loss, forward_only=True))
+
+    def gather_rows(self, result: StepResult, rows: int) -> list[float]:
+        """What the loss reported of each of a step's ``rows`` (of all replicas), in order; collective over the mesh."""
+        every, data = torch.zeros(rows, dtype=torch.float64, device=self.mesh.device), self.mesh.data
+        part = rows // data.size
+        every[data.rank * part :][: len(result.rows)] = result.rows
+        return self._sum_over_ranks(every).tolist()
 
     def _reduce_tied(self) -> None:
         if self.tied is not None:
@@ -103,11 +135,15 @@ class Engine:
     def _total(self, results: list[Tensor]) -> list[float]:
         total = torch.zeros(self.statistics, dtype=torch.float64, device=self.mesh.device)
         for result in results:  # empty but on the last stage
-            total += result.double()
+            total += result[: self.statistics]
+        return self._sum_over_ranks(total).tolist()
+
+    def _sum_over_ranks(self, values: Tensor) -> Tensor:
+        """Over replicas and stages; the ranks of a tensor group have the same."""
         for axis in (self.mesh.data, self.mesh.pipeline):
             if axis.size > 1:
-                dist.all_reduce(total, group=axis.group)
-        return total.tolist()
+                dist.all_reduce(values, group=axis.group)
+        return values
 
     # State.
 

@@ -3,6 +3,10 @@
 Activations are [sequence, batch, features].  Every parameter carries a ``Logical`` (``sharding``); values are filled in
 by ``sharding.initialize`` once the model stands.  With a tensor group of one the products are plain ``linear``s, so a
 model on ``Mesh.solo()`` needs no process group.
+
+With sequence parallelism (arXiv 2205.05198, section 4.2.2) each tensor rank has a part of the sequence between the
+products: a column-parallel product gathers it, a row-parallel one scatters it again, and the gradients of what is used
+in between (norms, biases, small tables) are summed over the group.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ def _core_config(mesh: Mesh) -> ModelParallelConfig:
         use_cpu_initialization=True,  # allocated on the CPU, filled by sharding.initialize, then moved
         perform_initialization=False,
         params_dtype=torch.float32,
+        sequence_parallel=mesh.sequence_parallel,
     )
 
 
@@ -50,7 +55,8 @@ class ColumnParallelLinear(tensor_parallel.ColumnParallelLinear):
     """y = x Wᵀ + b with the output features split over the tensor group (arXiv 1909.08053, section 3).
 
     ``parts``: how many equally shaped projections are stacked in it (3 for query, key and value): each is split by
-    itself, and the logical tensor is [parts, out/parts, in].  x: [s, b, in] → [s, b, out/tensor].
+    itself, and the logical tensor is [parts, out/parts, in].  x: [s, b, in] → [s, b, out/tensor], with sequence
+    parallelism [s/tensor, b, in] → [s, b, out/tensor].
     """
 
     def __init__(self, mesh: Mesh, inputs: int, outputs: int, *, std: float, parts: int = 1) -> None:
@@ -71,90 +77,116 @@ class ColumnParallelLinear(tensor_parallel.ColumnParallelLinear):
 
 
 class RowParallelLinear(tensor_parallel.RowParallelLinear):
-    """y = x Wᵀ + b with the input features split over the tensor group.  x: [s, b, in/tensor] → [s, b, out]."""
+    """y = x Wᵀ + b with the input features split over the tensor group.
+
+    x: [s, b, in/tensor] → [s, b, out], with sequence parallelism [s/tensor, b, out].
+    """
 
     def __init__(self, mesh: Mesh, inputs: int, outputs: int, *, std: float) -> None:
         require_divisible("input features", inputs, mesh.tensor.size)
         super().__init__(
             inputs, outputs, config=_core_config(mesh), init_method=None, bias=True, input_is_parallel=True,
-            skip_bias_add=False, tp_group=None if mesh.tensor.size == 1 else mesh.tensor.group,
+            skip_bias_add=True, tp_group=None if mesh.tensor.size == 1 else mesh.tensor.group,
         )  # fmt: skip
-        self.tensor_size = mesh.tensor.size
+        self.tensor_size, self.mesh = mesh.tensor.size, mesh
         _describe(self.weight, Logical((outputs, inputs), dim=1, std=std), split=True)
         _describe(self.bias, Logical((outputs,), decay=False), split=False)
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         if self.tensor_size == 1:
             return F.linear(x, self.weight, self.bias)
-        return super().forward(x)[0]
+        y, bias = super().forward(x)
+        return y + on_sequence_part(bias, self.mesh)
 
 
 class Linear(nn.Linear):
-    """A linear layer that every tensor rank holds whole."""
+    """A linear layer that every tensor rank holds whole.  ``mesh``: as for ``LayerNorm``."""
 
-    def __init__(self, inputs: int, outputs: int, *, std: float) -> None:
+    def __init__(self, inputs: int, outputs: int, *, std: float, mesh: Mesh | None = None) -> None:
         super().__init__(inputs, outputs)
+        self.mesh = mesh
         self.weight: nn.Parameter
         _describe(self.weight, Logical((outputs, inputs), std=std), split=False)
         _describe(self.bias, Logical((outputs,), decay=False), split=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.mesh is None:
+            return F.linear(x, self.weight, self.bias)
+        return F.linear(x, on_sequence_part(self.weight, self.mesh), on_sequence_part(self.bias, self.mesh))
 
     def reset_parameters(self) -> None:
         pass  # sharding.initialize fills it
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation over the features, held whole by every tensor rank."""
+    """Layer normalisation over the features, held whole by every tensor rank.
 
-    def __init__(self, features: int, eps: float) -> None:
+    ``mesh``: given where x is [s, b, features] between products, a part of the sequence under sequence parallelism;
+    None where every tensor rank has the same x.
+    """
+
+    def __init__(self, mesh: Mesh | None, features: int, eps: float) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.mesh = eps, mesh
         self.weight = nn.Parameter(torch.empty(features))
         self.bias = nn.Parameter(torch.empty(features))
         _describe(self.weight, Logical((features,), fill=1.0, decay=False), split=False)
         _describe(self.bias, Logical((features,), decay=False), split=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return layer_norm(x, self.weight, self.bias, self.eps)
+        return layer_norm(x, *self._affine(), self.eps)
 
     def after_dropout_add(self, x: Tensor, residual: Tensor, p: float, keys: Tensor | None) -> tuple[Tensor, Tensor]:
         """(residual + dropout(x), its normalised form)."""
-        return dropout_add_layer_norm(x, residual, self.weight, self.bias, self.eps, p, keys)
+        return dropout_add_layer_norm(x, residual, *self._affine(), self.eps, p, keys)
+
+    def _affine(self) -> tuple[Tensor, Tensor]:
+        if self.mesh is None:
+            return self.weight, self.bias
+        return on_sequence_part(self.weight, self.mesh), on_sequence_part(self.bias, self.mesh)
 
 
 class Embedding(nn.Module):
-    """A table that every tensor rank holds whole.  A look-up of ``padding_index`` sends no gradient to its row."""
+    """A table that every tensor rank holds whole.  A look-up of ``padding_index`` sends no gradient to its row.
 
-    def __init__(self, rows: int, features: int, *, std: float, padding_index: int | None = None) -> None:
+    ids: [...] int64 → [..., features]; under sequence parallelism the ids of this rank's part of the sequence.
+    """
+
+    def __init__(self, mesh: Mesh, rows: int, features: int, *, std: float, padding_index: int | None = None) -> None:
         super().__init__()
-        self.padding_index = padding_index
+        self.mesh, self.padding_index = mesh, padding_index
         self.weight = nn.Parameter(torch.empty(rows, features))
         _describe(self.weight, Logical((rows, features), std=std, zero_row=padding_index), split=False)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return F.embedding(ids, self.weight, padding_idx=self.padding_index)
+        return F.embedding(ids, on_sequence_part(self.weight, self.mesh), padding_idx=self.padding_index)
 
 
 class VocabParallelEmbedding(tensor_parallel.VocabParallelEmbedding):
     """The word embedding with its rows split over the tensor group; padded to ``VOCABULARY_MULTIPLE`` a rank.
 
-    ids: [s, b] int64 → [s, b, features].  A look-up of ``padding_index`` sends no gradient to its row.
+    ids: [s, b] int64 → [s, b, features], under sequence parallelism this rank's part [s/tensor, b, features].  A
+    look-up of ``padding_index`` sends no gradient to its row.
     """
 
     def __init__(self, mesh: Mesh, rows: int, features: int, *, std: float, padding_index: int | None) -> None:
         super().__init__(
             padded_vocabulary(rows, mesh.tensor.size), features, init_method=None, config=_core_config(mesh),
+            reduce_scatter_embeddings=mesh.sequence_parallel,
             tp_group=None if mesh.tensor.size == 1 else mesh.tensor.group,
         )  # fmt: skip
-        self.tensor_size, self.padding_index = mesh.tensor.size, padding_index
+        self.mesh, self.padding_index = mesh, padding_index
         _describe(self.weight, word_table(mesh, rows, features, std=std, padding_index=padding_index), split=True)
 
     def forward(self, ids: Tensor) -> Tensor:
-        if self.tensor_size == 1:
+        if self.mesh.tensor.size == 1:
             return F.embedding(ids, self.weight, padding_idx=self.padding_index)
-        x = super().forward(ids)
+        # megatron-core's form for sequence parallelism transposes what it is given.
+        x = super().forward(ids.t() if self.mesh.sequence_parallel else ids)
         if self.padding_index is None:
             return x
-        return torch.where((ids == self.padding_index).unsqueeze(-1), x.detach(), x)
+        padding = ids[sequence_part(len(ids), self.mesh)] == self.padding_index
+        return torch.where(padding.unsqueeze(-1), x.detach(), x)
 
 
 def word_table(
@@ -228,6 +260,40 @@ class VocabParallelHead(nn.Module):
         owner = labels - self.axis.rank * self.part == index
         here = (owner & (logits.gather(-1, index.unsqueeze(-1)).squeeze(-1) == best)).float()
         return all_reduce(here, self.axis)
+
+
+def sequence_part(length: int, mesh: Mesh) -> slice:
+    """The positions whose hidden states this tensor rank has between products: all, without sequence parallelism."""
+    if not mesh.sequence_parallel:
+        return slice(0, length)
+    if length % mesh.tensor.size:
+        raise ValueError(
+            f"rows of {length} tokens do not split over parallel.tensor {mesh.tensor.size}, as parallel.sequence "
+            "needs: set data.sequence_length to a multiple"
+        )
+    part = length // mesh.tensor.size
+    return slice(mesh.tensor.rank * part, (mesh.tensor.rank + 1) * part)
+
+
+def on_sequence_part(parameter: Tensor, mesh: Mesh) -> Tensor:
+    """A parameter that every tensor rank uses on its own part of the sequence: its gradient is the sum over them."""
+    return copy_to_tensor_region(parameter, mesh.tensor) if mesh.sequence_parallel else parameter
+
+
+def gather_sequence(x: Tensor, mesh: Mesh) -> Tensor:
+    """[s/tensor, b, h] → [s, b, h] on every tensor rank, for what all of them go on to compute alike."""
+    if not mesh.sequence_parallel:
+        return x
+    return tensor_parallel.gather_from_sequence_parallel_region(
+        x, tensor_parallel_output_grad=False, group=mesh.tensor.group
+    )
+
+
+def scatter_sequence(x: Tensor, mesh: Mesh) -> Tensor:
+    """[s, b, h], the same on every tensor rank → this rank's part [s/tensor, b, h]."""
+    if not mesh.sequence_parallel:
+        return x
+    return tensor_parallel.scatter_to_sequence_parallel_region(x, group=mesh.tensor.group)
 
 
 def copy_to_tensor_region(x: Tensor, axis: Axis) -> Tensor:

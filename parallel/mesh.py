@@ -52,6 +52,8 @@ class Mesh:
     model: Axis
     embedding: Any
     device: torch.device
+    sequence_parallel: bool = False  # between tensor-parallel products each tensor rank has a part of the sequence
+    virtual_stages: int = 1  # chunks of layers a pipeline rank holds (interleaved schedule)
 
     @property
     def rank(self) -> int:
@@ -67,7 +69,9 @@ class Mesh:
         return self.rank == 0
 
     def describe(self) -> str:
-        return f"tensor {self.tensor.size} × pipeline {self.pipeline.size} × data {self.data.size}"
+        sequence = " with sequence parallelism" if self.sequence_parallel else ""
+        chunks = f" in {self.virtual_stages} chunks" if self.virtual_stages > 1 else ""
+        return f"tensor {self.tensor.size}{sequence} × pipeline {self.pipeline.size}{chunks} × data {self.data.size}"
 
     @staticmethod
     def solo(device: torch.device | str = "cpu") -> Mesh:
@@ -76,13 +80,25 @@ class Mesh:
         return Mesh(axis, axis, axis, axis, axis.group, torch.device(device))
 
     @staticmethod
-    def create(tensor: int, pipeline: int, *, device: torch.device, timeout_seconds: float = 1800.0) -> Mesh:
+    def create(
+        tensor: int,
+        pipeline: int,
+        *,
+        device: torch.device,
+        sequence_parallel: bool = False,
+        virtual_stages: int = 1,
+        timeout_seconds: float = 1800.0,
+    ) -> Mesh:
         """Start torch.distributed from the environment (env://) and build the groups; collective over all ranks.
 
-        Raises ValueError where tensor × pipeline does not divide the number of ranks.
+        Raises ValueError where tensor × pipeline does not divide the number of ranks, or an option has no axis.
         """
         from megatron.core import parallel_state
 
+        if sequence_parallel and tensor == 1:
+            raise ValueError("sequence parallelism splits over the tensor ranks: set parallel.tensor to 2 or more")
+        if virtual_stages > 1 and pipeline == 1:
+            raise ValueError("virtual stages interleave over the pipeline ranks: set parallel.pipeline to 2 or more")
         if not dist.is_initialized():
             if device.type == "cuda":
                 torch.cuda.set_device(device)
@@ -100,7 +116,9 @@ class Mesh:
         if parallel_state.model_parallel_is_initialized():
             parallel_state.destroy_model_parallel()
         parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline
+            tensor_model_parallel_size=tensor,
+            pipeline_model_parallel_size=pipeline,
+            virtual_pipeline_model_parallel_size=virtual_stages if virtual_stages > 1 else None,
         )
         mesh = Mesh(
             tensor=_axis(parallel_state.get_tensor_model_parallel_group()),
@@ -109,6 +127,8 @@ class Mesh:
             model=_axis(parallel_state.get_model_parallel_group()),
             embedding=parallel_state.get_embedding_group(check_initialized=False),
             device=device,
+            sequence_parallel=sequence_parallel,
+            virtual_stages=virtual_stages,
         )
         expected = mesh.tensor.rank + tensor * (mesh.data.rank + mesh.data.size * mesh.pipeline.rank)
         assert dist.get_rank() == expected, "megatron-core orders ranks as tensor, data, pipeline"

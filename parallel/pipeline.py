@@ -1,7 +1,7 @@
-"""The schedule: megatron-core's forward-backward functions (no pipelining, 1F1B) over one stage.
+"""The schedule: megatron-core's forward-backward functions (no pipelining, 1F1B, interleaved 1F1B) over one stage.
 
-Every layout takes this path.  A stage is anything callable as ``forward(microbatch, received)``: it gets the hidden
-states of the stage before (None on the first) and returns its own, or on the last stage what ``loss`` needs.
+Every layout takes this path.  A stage is anything callable as ``forward(microbatch, received, chunk)``: it gets the
+hidden states of the chunk before (None for the model's first) and returns its own, or for the last what ``loss`` needs.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from torch import Tensor, nn
 from . import cpu
 from .mesh import Mesh
 
-Forward = Callable[[Any, Tensor | None], Any]
+Forward = Callable[[Any, Tensor | None, int], Any]
 Loss = Callable[[Any, Any], tuple[Tensor, Tensor]]
 
 
 class _StageView(nn.Module):
-    """One stage as megatron-core sees it: a config, a place to put the received tensor, a call."""
+    """One chunk of a stage as megatron-core sees it: a config, a place to put the received tensor, a call."""
 
-    def __init__(self, config: TransformerConfig, forward: Forward) -> None:
+    def __init__(self, config: TransformerConfig, forward: Forward, chunk: int) -> None:
         super().__init__()
-        self.config, self.model_type = config, ModelType.encoder_or_decoder
+        self.config, self.model_type, self.vp_stage = config, ModelType.encoder_or_decoder, chunk
         self._forward, self._received = forward, None
 
     def set_input_tensor(self, tensor: Any) -> None:
         self._received = tensor[0] if isinstance(tensor, list) else tensor
 
     def forward(self, microbatch: Any) -> Any:
-        return self._forward(microbatch, self._received)
+        return self._forward(microbatch, self._received, self.vp_stage)
 
 
 class Schedule:
@@ -46,19 +46,23 @@ class Schedule:
 
     def __init__(self, mesh: Mesh, *, hidden_size: int, dtype: torch.dtype) -> None:
         cpu.patch()
-        self.mesh = mesh
+        self.mesh, interleaved = mesh, mesh.virtual_stages > 1
         self.config = TransformerConfig(
-            num_layers=mesh.pipeline.size,  # the layers are the stage's own business
+            num_layers=mesh.pipeline.size * mesh.virtual_stages,  # the layers are the stage's own business
             num_attention_heads=mesh.tensor.size,
             hidden_size=hidden_size,
             tensor_model_parallel_size=mesh.tensor.size,
             pipeline_model_parallel_size=mesh.pipeline.size,
+            virtual_pipeline_model_parallel_size=mesh.virtual_stages if interleaved else None,
+            sequence_parallel=mesh.sequence_parallel,
             params_dtype=dtype,
             pipeline_dtype=dtype,
             use_cpu_initialization=True,
             # With gloo a send may still be under way when the next microbatch starts.
             deallocate_pipeline_outputs=mesh.device.type == "cuda",
-            batch_p2p_comm=True,
+            # Interleaved: in a batch, gloo frees buffers that are still in flight.
+            batch_p2p_comm=not interleaved,
+            overlap_p2p_comm=interleaved,
         )
 
     def run(
@@ -76,7 +80,9 @@ class Schedule:
         over the microbatches is differentiated, and a vector of statistics; the list of those vectors, in order, is
         returned on the last stage, an empty list elsewhere.
         """
-        count = len(microbatches)
+        count, chunks = len(microbatches), range(self.mesh.virtual_stages)
+        views = [_StageView(self.config, forward, chunk) for chunk in chunks]
+        iterators = [iter(microbatches) for _ in chunks]
 
         def forward_step(
             iterator: Iterator[Any], view: _StageView
@@ -94,8 +100,8 @@ class Schedule:
         with cpu.cuda_means_cpu(), gradients:
             return get_forward_backward_func()(
                 forward_step_func=forward_step,
-                data_iterator=iter(microbatches),
-                model=_StageView(self.config, forward),
+                data_iterator=iterators if len(views) > 1 else iterators[0],
+                model=views if len(views) > 1 else views[0],
                 num_microbatches=count,
                 micro_batch_size=shape[0],
                 seq_length=shape[1],

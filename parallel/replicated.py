@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .lamb import Contents, Lamb
 from .mesh import Mesh
+from .norms import sum_of_squares
 from .sharding import logical_of
 
 MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
@@ -43,6 +46,8 @@ class ReplicatedOptimizer:
         masters = {p: p.detach().float() if p.dtype != torch.float32 else p for p in self.parameters}
         self.masters = list(masters.values())
         self.optimizer = make_optimizer([group | {"params": [masters[p] for p in group["params"]]} for group in groups])
+        if isinstance(self.optimizer, Lamb):
+            self.optimizer.describe({m: Contents.whole(m.numel()) for m in self.masters}, mesh.tensor)
         self.flat: Tensor | None = None
         if self.mixed or mesh.data.size > 1:
             self._share_gradients()
@@ -78,15 +83,17 @@ class ReplicatedOptimizer:
             return parameter.grad
         return self.gradients[next(i for i, p in enumerate(self.parameters) if p is parameter)]
 
-    def step(self, learning_rate: float) -> float:
-        """Reduce, clip, update.  Returns the global gradient norm before clipping."""
+    def step(self, learning_rate: float, scale: float) -> float:
+        """Reduce, divide by the loss's ``scale``, clip, update.  Returns the global gradient norm before clipping;
+        where it is not finite nothing is updated."""
         if self.flat is not None and self.mesh.data.size > 1:
             dist.all_reduce(self.flat, group=self.mesh.data.group)
-        norm = self._norm()
-        if self.clip > 0:
-            factor = self.clip / (norm + 1e-6)
-            if factor < 1:
-                torch._foreach_mul_([m.grad for m in self.masters if m.grad is not None], factor)
+        norm = self._norm() / scale
+        if not math.isfinite(norm):
+            return norm
+        factor = min(self.clip / (norm + 1e-6), 1.0) if self.clip > 0 else 1.0
+        if factor != scale:
+            torch._foreach_mul_([m.grad for m in self.masters if m.grad is not None], factor / scale)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
@@ -118,15 +125,6 @@ class ReplicatedOptimizer:
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         load_partition_state(self.optimizer, self.masters, state)
-
-
-def sum_of_squares(x: Tensor, block: int = 4096) -> Tensor:
-    """In float64, scalar.  Blocks are added up in float32, their sums in float64: on a CPU torch's own norm of a large
-    float32 tensor is one running sum (relative error 7e-4 at 16 million values), and a copy in float64 is slow."""
-    flat = x.reshape(-1)
-    whole = flat.numel() // block * block
-    blocks = torch.linalg.vector_norm(flat[:whole].view(-1, block), dim=1).double().square().sum()
-    return blocks + torch.linalg.vector_norm(flat[whole:]).double().square()
 
 
 def _accumulate_into(view: Tensor) -> Callable[[Tensor], None]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import warnings
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .lamb import Contents, Lamb
 from .mesh import Mesh
 from .replicated import MakeOptimizer, load_partition_state, parameter_groups, partition_state
 
@@ -39,7 +41,7 @@ class _ModelParallelUnit:
             setattr(self, f"get_{name}_group", lambda axis=axis: axis.group)
 
 
-def _import_deepspeed() -> Any:
+def import_deepspeed() -> Any:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or it searches, and warns that it found none
     import deepspeed
@@ -50,6 +52,8 @@ def _import_deepspeed() -> Any:
     if not torch.cuda.is_available():
         # A shared-memory op for inference, built with a compiler at the first start: nothing here uses it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # It asks for float16 instructions; torch computes float16 without them too, only slower.
+        deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
     return deepspeed
 
 
@@ -59,27 +63,42 @@ class ZeroOptimizer:
     averages_gradients = True
 
     def __init__(
-        self, module: nn.Module, mesh: Mesh, make_optimizer: MakeOptimizer, *, stage: int, clip: float, rows: int
+        self,
+        module: nn.Module,
+        mesh: Mesh,
+        make_optimizer: MakeOptimizer,
+        *,
+        stage: int,
+        clip: float,
+        offload: bool = False,
     ) -> None:
-        deepspeed = _import_deepspeed()
+        """``offload``: the optimizer's state and masters stay in host memory, where DeepSpeed's CPU Adam updates them;
+        ``make_optimizer`` must make that one."""
+        deepspeed = import_deepspeed()
         if not deepspeed.comm.is_initialized():
             deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
         groups = parameter_groups(module.parameters())
         parameters: list[nn.Parameter] = [p for group in groups for p in group["params"]]
-        self.stage, self.mesh, self.deepspeed = stage, mesh, deepspeed
-        self.mixed = any(p.dtype != torch.float32 for p in parameters)
+        self.stage, self.mesh, self.deepspeed, self.offload = stage, mesh, deepspeed, offload
+        self.dtype = parameters[0].dtype
         self.accumulated: dict[nn.Parameter, Tensor] = {}
         optimizer = make_optimizer(groups)
         config: dict[str, Any] = {
-            "train_micro_batch_size_per_gpu": rows,
+            "train_micro_batch_size_per_gpu": 1,  # of no consequence: the schedule makes the microbatches
             "gradient_accumulation_steps": 1,
             "zero_optimization": {"stage": stage, "overlap_comm": False},
             "gradient_clipping": clip,
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 2**62,
         }
-        if self.mixed:
+        if offload:
+            pinned = mesh.device.type == "cuda"
+            config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": pinned}
+        if self.dtype == torch.float16:
+            config["fp16"] = {"enabled": True, "loss_scale": 1.0}  # step() sets ours
+        elif self.dtype == torch.bfloat16:
             config["bf16"] = {"enabled": True}
+        if self.dtype != torch.float32:
             if stage >= 2:
                 config["data_types"] = {"grad_accum_dtype": "fp32"}
             else:
@@ -90,6 +109,8 @@ class ZeroOptimizer:
         assert torch.distributed.get_process_group_ranks(mesh.data.group) == torch.distributed.get_process_group_ranks(
             self.engine.data_parallel_group
         ), "DeepSpeed and megatron-core disagree on the data group"
+        if isinstance(optimizer, Lamb):
+            optimizer.describe(self._contents(), mesh.tensor, mesh.data)
 
     def _accumulate_in_float32(self, parameters: list[nn.Parameter]) -> None:
         """ZeRO 1 leaves the sum over microbatches to autograd, in the weights' precision: keep it in float32 instead
@@ -120,8 +141,10 @@ class ZeroOptimizer:
         """Where the accumulated gradient of a parameter lies after the last microbatch (ZeRO 1)."""
         return self.accumulated.get(parameter, parameter.grad)
 
-    def step(self, learning_rate: float) -> float:
-        """Reduce, clip, update.  Returns the global gradient norm before clipping."""
+    def step(self, learning_rate: float, scale: float) -> float:
+        """Reduce, divide by the loss's ``scale``, clip, update.  Returns the global gradient norm before clipping;
+        where it is not finite nothing is updated."""
+        self.engine.optimizer.loss_scale = scale
         for group in self.engine.basic_optimizer.param_groups:
             group["lr"] = learning_rate
         if self.stage == 1:
@@ -130,7 +153,7 @@ class ZeroOptimizer:
             self.engine.set_gradient_accumulation_boundary(True)
             self.engine.allreduce_gradients()
         self.engine.step()
-        return float(self.engine.get_global_grad_norm())
+        return math.inf if self.engine.optimizer.overflow else float(self.engine.get_global_grad_norm())
 
     def whole(self, parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager[Any]:
         """Inside, the parameters have all their values on every rank; collective over the data group."""
@@ -143,9 +166,33 @@ class ZeroOptimizer:
         optimizer = self.engine.optimizer
         return optimizer.fp32_partitioned_groups_flat if self.stage == 3 else optimizer.single_partition_of_fp32_groups
 
+    def _contents(self) -> dict[Tensor, Contents]:
+        """Which parameters the partitions are made of."""
+        optimizer, partitions, data = self.engine.optimizer, self._partitions(), self.mesh.data
+        if self.stage == 3:
+            sizes = ([p.ds_numel for p in group] for group in optimizer.fp16_groups)
+            return {x: Contents.of_shards(data, n) for x, n in zip(partitions, sizes, strict=True)}
+        groups = zip(partitions, optimizer.round_robin_bit16_offsets, optimizer.round_robin_bit16_groups, strict=True)
+        return {
+            x: Contents.of_slice(data.rank * len(x), (data.rank + 1) * len(x), offsets, [p.numel() for p in group])
+            for x, offsets, group in groups
+        }
+
     def state(self) -> dict[str, Tensor]:
         """This rank's partition of the optimizer's tensors and of the masters."""
         return partition_state(self.engine.optimizer.optimizer, self._partitions(), masters=True)
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        load_partition_state(self.engine.optimizer.optimizer, self._partitions(), state)
+        optimizer = self.engine.optimizer.optimizer
+        load_partition_state(optimizer, self._partitions(), state)
+        if self.offload:  # DeepSpeed's CPU Adam counts its steps with an int
+            for values in optimizer.state.values():
+                values["step"] = int(values["step"])
+
+
+def cpu_adam(groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float) -> Any:
+    """DeepSpeed's AdamW for state in host memory (arXiv 2101.06840), compiled at the first use."""
+    import_deepspeed()
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    return DeepSpeedCPUAdam(groups, lr=lr, betas=betas, eps=eps, adamw_mode=True)

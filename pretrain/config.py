@@ -13,10 +13,12 @@ import torch
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
 
+from ..parallel.loss_scale import LossScale
 from .models import ARCHITECTURES, architecture
+from .models.base import Recompute
 from .models.config import ModelConfig
 from .objectives import OBJECTIVES
-from .schedule import check_schedule
+from .schedule import BatchSizes, check_schedule
 from .validation import one_line
 
 
@@ -56,6 +58,14 @@ class ObjectiveConfig(Section):
         return self
 
 
+class BatchRampConfig(Section):
+    """Fewer rows a step at first, rising to ``training.global_batch_size``; as Megatron-LM's rampup-batch-size."""
+
+    start: int = Field(..., gt=0, description="rows of the first step")
+    increment: int = Field(..., gt=0, description="rows by which it rises each time")
+    samples: int = Field(..., gt=0, description="rows that the ramp sees in all, in equal shares for its sizes")
+
+
 class TrainingConfig(Section):
     """How long, how much at once, in which precision."""
 
@@ -63,20 +73,48 @@ class TrainingConfig(Section):
     global_batch_size: int = Field(32, gt=0, description="rows an optimizer step sees, over all ranks")
     micro_batch_size: int = Field(8, gt=0, description="rows that go through a rank at once")
     seed: int = Field(1234, ge=0, lt=2**63, description="of initial values, order, masks and dropout")
-    dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="of weights and activations; masters are float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="of weights and activations; masters and accumulated gradients are float32"
     )
+    initial_loss_scale: float = Field(
+        65536.0, ge=1.0, le=LossScale.LARGEST, description="first factor of the loss (float16); halved at an overflow"
+    )
+    loss_scale_window: int = Field(1000, gt=0, description="steps without overflow after which the factor doubles")
+    max_skipped_steps: int = Field(
+        20, gt=0, description="steps in a row with a loss or gradient that is not finite (skipped) that end the run"
+    )
+    recompute: Recompute = Field(
+        "none",
+        description="activations computed again in the backward pass to save memory: none; selective: the core of "
+        "attention; full: whole layers",
+    )
+    batch_ramp: BatchRampConfig | None = Field(None, description="a smaller global batch at the start of the run")
     gradient_clipping: float = Field(1.0, ge=0.0, description="largest global gradient norm; 0: none")
     timeout_seconds: float = Field(1800.0, gt=0, description="how long a collective waits for a rank before it fails")
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.dtype]
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[self.dtype]
+
+    @property
+    def batch_sizes(self) -> BatchSizes:
+        ramp = self.batch_ramp
+        if ramp is None:
+            return BatchSizes(self.global_batch_size)
+        return BatchSizes(self.global_batch_size, ramp.start, ramp.increment, ramp.samples)
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainingConfig:
+        _ = self.batch_sizes  # ValueError where the ramp does not arrive
+        return self
 
 
 class OptimizerConfig(Section):
-    """AdamW (arXiv 1711.05101); weight decay on matrices, not on norms and biases."""
+    """Weight decay acts on matrices, not on norms and biases."""
 
+    name: Literal["adamw", "lamb"] = Field(
+        "adamw", description="adamw (arXiv 1711.05101), or lamb (arXiv 1904.00962) for very large batches"
+    )
     lr: float = Field(1e-4, gt=0.0, description="learning rate at the end of the warm-up")
     beta1: float = Field(0.9, ge=0.0, lt=1.0, description="decay of the running mean of gradients, a step")
     beta2: float = Field(0.98, ge=0.0, lt=1.0, description="decay of the running mean of their squares, a step")
@@ -101,10 +139,19 @@ class ParallelConfig(Section):
     """How the work is spread.  Ranks = tensor × pipeline × data."""
 
     tensor: int = Field(1, gt=0, description="ranks that share each layer")
+    sequence: bool = Field(
+        False, description="split activations between the tensor ranks' products by sequence (arXiv 2205.05198)"
+    )
     pipeline: int = Field(1, gt=0, description="stages of consecutive layers (1F1B)")
+    virtual_stages: int = Field(
+        1, gt=0, description="chunks of layers a pipeline rank holds (interleaved 1F1B, arXiv 2104.04473); 1: 1F1B"
+    )
     data: int | None = Field(None, gt=0, description="replicas; taken from the number of ranks where not set")
     zero_stage: Literal[0, 1, 2, 3] = Field(
         1, description="what DeepSpeed partitions over replicas: 0 nothing, 1 optimizer, 2 and gradients, 3 and weights"
+    )
+    offload_optimizer: bool = Field(
+        False, description="keep the optimizer's state and masters in host memory, updated there (DeepSpeed's CPU Adam)"
     )
 
 
@@ -129,6 +176,10 @@ class LoggingConfig(Section):
     """What is written while training."""
 
     interval: int = Field(10, gt=0, description="steps between console lines where there is no progress bar")
+    spike_factor: float = Field(
+        4.0, ge=0.0, description="a gradient norm so many times the recent median is logged in spikes.jsonl; 0: none"
+    )
+    spike_window: int = Field(64, gt=1, description="steps that the median is taken over; no spikes before it is full")
     tensorboard: bool = Field(True, description="write run_dir/tensorboard")
 
 
@@ -203,16 +254,33 @@ class Config(Section):
 
     def _check_layout(self) -> None:
         parallel = self.parallel
-        for field in ("num_attention_heads", "intermediate_size", "hidden_size"):
+        for field in self.model.split_over_tensor:
             value = getattr(self.model, field)
             if value % parallel.tensor:
                 raise ValueError(
                     f"model.{field} {value} does not divide by parallel.tensor {parallel.tensor}: "
                     "set parallel.tensor to a divisor"
                 )
-        if parallel.pipeline > self.model.num_hidden_layers:
+        if parallel.sequence and parallel.tensor == 1:
             raise ValueError(
-                f"parallel.pipeline {parallel.pipeline} exceeds model.num_hidden_layers "
+                "parallel.sequence splits over the tensor ranks and parallel.tensor is 1: raise it, or leave sequence "
+                "out"
+            )
+        if parallel.sequence and self.data.sequence_length % parallel.tensor:
+            raise ValueError(
+                f"data.sequence_length {self.data.sequence_length} does not divide by parallel.tensor "
+                f"{parallel.tensor}, as parallel.sequence needs: set a multiple"
+            )
+        if parallel.virtual_stages > 1 and parallel.pipeline == 1:
+            raise ValueError(
+                f"parallel.virtual_stages {parallel.virtual_stages} interleaves over pipeline ranks and "
+                "parallel.pipeline is 1: raise it, or leave virtual_stages out"
+            )
+        stages = parallel.pipeline * parallel.virtual_stages
+        if stages > self.model.num_hidden_layers:
+            chunks = f" × virtual_stages {parallel.virtual_stages}" if parallel.virtual_stages > 1 else ""
+            raise ValueError(
+                f"parallel.pipeline {parallel.pipeline}{chunks} exceeds model.num_hidden_layers "
                 f"{self.model.num_hidden_layers}: set at most that, a stage needs a layer"
             )
         if parallel.zero_stage >= 2 and parallel.pipeline > 1:
@@ -220,18 +288,39 @@ class Config(Section):
                 f"parallel.zero_stage {parallel.zero_stage} does not go with parallel.pipeline {parallel.pipeline} "
                 "(gradients of all microbatches are needed at once): set zero_stage to 0 or 1, or pipeline to 1"
             )
-        if parallel.data is not None:
-            self.microbatches(parallel.data)
-
-    def microbatches(self, data: int) -> int:
-        """How many microbatches a data rank runs a step; ValueError where the batch does not factor."""
-        training = self.training
-        if training.global_batch_size % (training.micro_batch_size * data):
+        if parallel.offload_optimizer and parallel.zero_stage == 0:
             raise ValueError(
-                f"training.global_batch_size {training.global_batch_size} does not divide by "
-                f"training.micro_batch_size {training.micro_batch_size} × {data} data ranks: set one to fit"
+                "parallel.offload_optimizer is part of ZeRO and parallel.zero_stage is 0: set zero_stage to 1, 2 or 3"
             )
-        return training.global_batch_size // (training.micro_batch_size * data)
+        if parallel.offload_optimizer and self.optimizer.name != "adamw":
+            raise ValueError(
+                f"parallel.offload_optimizer updates with DeepSpeed's CPU Adam, optimizer.name is "
+                f"{self.optimizer.name}: set adamw, or leave offload_optimizer out"
+            )
+        if parallel.data is not None:
+            self.check_batches(parallel.data)
+
+    def check_batches(self, data: int) -> None:
+        """ValueError where a step's rows, or the evaluation's, do not fall into microbatches on so many data ranks."""
+        training, ramp = self.training, "training.batch_ramp's size"
+        for size in training.batch_sizes.sizes:
+            self._check_rows("training.global_batch_size" if size == training.global_batch_size else ramp, size, data)
+        if self.evaluation.interval:
+            self._check_rows("evaluation.rows", self.evaluation.rows, data)
+
+    def _check_rows(self, what: str, rows: int, data: int) -> None:
+        micro, parallel = self.training.micro_batch_size, self.parallel
+        if rows % (micro * data):
+            raise ValueError(
+                f"{what} {rows} does not divide by training.micro_batch_size {micro} × {data} data ranks: "
+                f"set a multiple of {micro * data}"
+            )
+        if parallel.virtual_stages > 1 and rows // (micro * data) % parallel.pipeline:
+            raise ValueError(
+                f"{what} {rows} makes {rows // (micro * data)} microbatches on each of {data} data ranks, and the "
+                f"interleaved schedule needs a multiple of parallel.pipeline {parallel.pipeline}: "
+                f"set a multiple of {micro * data * parallel.pipeline}"
+            )
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -273,13 +362,7 @@ def check_world(config: Config, world_size: int, device: torch.device) -> int:
     if config.training.dtype == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise ValueError(f"training.dtype bfloat16 is not supported by {torch.cuda.get_device_name()}: set float32")
     data = world_size // model
-    config.microbatches(data)
-    rows = config.training.micro_batch_size * data
-    if config.evaluation.interval and config.evaluation.rows % rows:
-        raise ValueError(
-            f"evaluation.rows {config.evaluation.rows} does not divide by training.micro_batch_size "
-            f"{config.training.micro_batch_size} × {data} data ranks: set a multiple of {rows}"
-        )
+    config.check_batches(data)
     return data
 
 

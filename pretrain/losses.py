@@ -51,20 +51,22 @@ class LossFunction:
 
     @property
     def statistics(self) -> int:
-        """How many numbers ``__call__`` reports."""
+        """How many sums ``__call__`` reports, before what it says of each row."""
         return 4 if self.sentences else 2
 
     def __call__(self, outputs: dict[str, Tensor], batch: Batch, counts: Counts) -> tuple[Tensor, Tensor]:
-        """(share of the global loss, scalar; sums over this microbatch [statistics])."""
+        """(share of the global loss, scalar; sums over this microbatch [statistics], then each row's mean loss [b])."""
         weights = batch.label_weights
-        total = (outputs["lm_losses"] * weights).sum()
+        weighted = outputs["lm_losses"] * weights
+        total = weighted.sum()
         loss = total / max(counts.predictions, 1.0)
         sums = [total.detach(), (outputs["lm_correct"] * weights).sum()]
         if self.sentences:
             sentences = outputs["sentence_losses"].sum()
             loss = loss + sentences / counts.rows
             sums += [sentences.detach(), outputs["sentence_correct"].sum()]
-        return loss, torch.stack([s.double() for s in sums])
+        rows = weighted.detach().sum(1) / weights.sum(1).clamp(min=1.0)
+        return loss, torch.cat((torch.stack([s.double() for s in sums]), rows.double()))
 
     def means(self, sums: Sequence[float], counts: Counts) -> Losses:
         """``sums``: statistics added up over the global batch."""

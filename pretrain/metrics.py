@@ -76,6 +76,8 @@ class StepMetrics:
     data_wait_seconds: float  # part of step_seconds spent waiting for the next batch
     model_flops_utilization: float | None = None
     peak_memory_bytes: int | None = None  # of the device, the largest over the ranks
+    loss_scale: float | None = None  # float16: what the loss was multiplied by
+    skipped_steps: int = 0  # so far in the run: steps whose loss or gradient was not finite
     parts: Mapping[str, float] = dataclasses.field(default_factory=dict)  # further named losses: masked_lm_loss, ...
 
 
@@ -141,6 +143,18 @@ def _drop_after(path: Path, step: int) -> None:
     sync(path.parent)
 
 
+@dataclasses.dataclass(frozen=True)
+class SpikeMetrics:
+    """A step to look at: what is wrong with it, and the samples whose loss was largest (or not finite)."""
+
+    step: int
+    reason: str
+    loss: float
+    grad_norm: float
+    samples: range  # indices of the rows of this step, over the whole run
+    worst: Mapping[int, float]  # sample → mean loss of its predictions in nats, the largest first
+
+
 class MetricsWriter:
     """Sends each value once to the console, ``run_dir/metrics.jsonl`` and ``run_dir/tensorboard``.
 
@@ -171,8 +185,9 @@ class MetricsWriter:
             return
         run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
-        path = run_dir / "metrics.jsonl"
-        _drop_after(path, resumed_step)
+        path, self._spikes = run_dir / "metrics.jsonl", run_dir / "spikes.jsonl"
+        for written in (path, self._spikes):
+            _drop_after(written, resumed_step)
         self._file = path.open("a", encoding="utf-8")
         self._last_step = resumed_step
         self._console = _Console(stream or sys.stdout, total_steps, resumed_step, console_interval)
@@ -193,15 +208,30 @@ class MetricsWriter:
         self._last_step = metrics.step
         values = dataclasses.asdict(metrics)
         parts = values.pop("parts")
-        if metrics.model_flops_utilization is None:
-            del values["model_flops_utilization"]
-        if metrics.peak_memory_bytes is None:
-            del values["peak_memory_bytes"]
+        for name in ("model_flops_utilization", "peak_memory_bytes", "loss_scale"):
+            if values[name] is None:
+                del values[name]
         self._write(values | parts)
-        learning = {k: values[k] for k in ("loss", "grad_norm", "lr")}
+        learning = {k: values[k] for k in ("loss", "grad_norm", "lr", "loss_scale", "skipped_steps") if k in values}
         self._scalars(metrics.step, "train", learning | parts)
         self._scalars(metrics.step, "throughput", {k: values[k] for k in values if k != "step" and k not in learning})
         self._console.step(metrics)
+
+    def spike(self, metrics: SpikeMetrics) -> None:
+        """Report a step that was skipped, or whose gradient stands out: in spikes.jsonl and on the console."""
+        if not self._is_writer:
+            return
+        values: dict[str, Any] = {"step": metrics.step, "reason": metrics.reason}
+        values |= {"loss": metrics.loss, "grad_norm": metrics.grad_norm}
+        values |= {"first_sample": metrics.samples.start, "samples": len(metrics.samples)}
+        # As text, because JSON has no word for nan.
+        values["worst_samples"] = [{"sample": sample, "loss": str(loss)} for sample, loss in metrics.worst.items()]
+        with self._spikes.open("a", encoding="utf-8") as file:  # rare: not worth a file that is open all the time
+            file.write(json_line(values))
+            file.flush()
+            os.fsync(file.fileno())
+        worst = ", ".join(f"{sample} ({loss:.2f})" for sample, loss in list(metrics.worst.items())[:3])
+        self._console.message(f"step {metrics.step}: {metrics.reason}; samples with the largest loss: {worst}")
 
     def validation(self, metrics: ValidationMetrics) -> None:
         """Report an evaluation after the update of that step (0: before the first)."""

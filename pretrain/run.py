@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from ..parallel.engine import Engine
+from ..parallel.loss_scale import LossScale
 from ..parallel.mesh import Mesh
 from ..parallel.sharding import initialize
 from . import checkpoint as ckpt
@@ -23,6 +21,9 @@ from .losses import LossFunction
 from .models import architecture
 from .models.base import Stage
 from .objectives import Objective, make_objective
+from .optimizers import optimizer_factory
+from .schedule import BatchSizes
+from .watch import Watch
 
 VALIDATION_SEED = 0  # the same rows and masks at every evaluation of every run
 
@@ -62,10 +63,10 @@ def objective_of(config: Config, vocabulary: Vocabulary, split: str) -> Objectiv
     )
 
 
-def loader_of(config: Config, objective: Objective, mesh: Mesh, *, rows: int, prefetch: int) -> Loader:
+def loader_of(objective: Objective, mesh: Mesh, sizes: BatchSizes, *, prefetch: int) -> Loader:
     return Loader(
         objective,
-        rows,
+        sizes,
         data_rank=mesh.data.rank,
         data_size=mesh.data.size,
         prefetch=prefetch,
@@ -75,40 +76,41 @@ def loader_of(config: Config, objective: Objective, mesh: Mesh, *, rows: int, pr
 
 def build_engine(config: Config, mesh: Mesh, start: Start, loss: LossFunction) -> Engine:
     """This rank's stage, filled from the seed or the checkpoint, in an engine."""
-    stage = Stage.of(config.model, mesh.pipeline.rank, mesh.pipeline.size)
+    stage = Stage.of(config.model, mesh.pipeline.rank, mesh.pipeline.size, mesh.virtual_stages)
     model = architecture(config.model.model_type)(config.model, mesh, stage=stage, heads=config.heads)
     if start.reader is None:
         initialize(model, config.training.seed, mesh.tensor)
     else:
         ckpt.load_weights(model, start.reader, mesh.tensor)
-    settings = config.optimizer
-
-    def make_optimizer(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(
-            [{**group, "weight_decay": settings.weight_decay if group["decayed"] else 0.0} for group in groups],
-            lr=settings.lr,
-            betas=(settings.beta1, settings.beta2),
-            eps=settings.eps,
-            fused=True,
-        )
-
+    training = config.training
+    half = training.dtype == "float16"
     engine = Engine(
         model,
         mesh,
-        make_optimizer,
+        optimizer_factory(config),
         tied=model.tied_word_parameter(),
         zero_stage=config.parallel.zero_stage,
-        dtype=config.training.torch_dtype,
-        clip=config.training.gradient_clipping,
+        offload_optimizer=config.parallel.offload_optimizer,
+        dtype=training.torch_dtype,
+        clip=training.gradient_clipping,
         hidden_size=config.model.hidden_size,
-        rows=config.training.micro_batch_size,
-        length=config.data.sequence_length,
         statistics=loss.statistics,
+        loss_scale=LossScale(training.initial_loss_scale, training.loss_scale_window) if half else LossScale(),
     )
     if start.resumes:
         assert start.reader is not None
         engine.load_optimizer_state(start.reader.optimizer(mesh.rank))
+        engine.loss_scale.load_state(start.reader.manifest.trainer["loss_scale"])
     return engine
+
+
+def watch_of(config: Config, start: Start) -> Watch:
+    """What looks out for skipped steps and spikes, as far as an earlier process had come."""
+    watch = Watch(config.logging.spike_factor, config.logging.spike_window)
+    if start.resumes:
+        assert start.reader is not None
+        watch.load_state(start.reader.manifest.trainer["watch"])
+    return watch
 
 
 # Where a run continues.
@@ -141,8 +143,14 @@ def checkpoints_folder(config: Config) -> Path:
 
 def layout_of(config: Config, mesh: Mesh) -> dict[str, int]:
     """What an optimizer's partitions depend on."""
-    zero = config.parallel.zero_stage if mesh.data.size > 1 else 0
-    return {"tensor": mesh.tensor.size, "pipeline": mesh.pipeline.size, "data": mesh.data.size, "zero_stage": zero}
+    partitioned = mesh.data.size > 1 or config.parallel.offload_optimizer
+    return {
+        "tensor": mesh.tensor.size,
+        "pipeline": mesh.pipeline.size,
+        "virtual_stages": mesh.virtual_stages,
+        "data": mesh.data.size,
+        "zero_stage": config.parallel.zero_stage if partitioned else 0,
+    }
 
 
 def data_fingerprint(config: Config) -> str:
@@ -165,7 +173,8 @@ def _check_continues(config: Config, mesh: Mesh, reader: ckpt.Reader) -> None:
         )
     then, now = manifest.config, config.model_dump()
     keys = [("model", None), ("objective", None), ("data", "sequence_length"), ("data", "rows")]
-    keys += [("training", "seed"), ("training", "global_batch_size"), ("training", "dtype")]
+    keys += [("training", key) for key in ("seed", "global_batch_size", "batch_ramp", "dtype")]
+    keys += [("optimizer", "name")]
     for section, key in keys:
         old, new = (c[section] if key is None else c[section][key] for c in (then, now))
         if old != new:
@@ -186,7 +195,7 @@ def _words(layout: dict[str, int]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in layout.items())
 
 
-def save_checkpoint(config: Config, mesh: Mesh, engine: Engine, step: int) -> Path:
+def save_checkpoint(config: Config, mesh: Mesh, engine: Engine, watch: Watch, step: int) -> Path:
     """Save the state after ``step`` updates; collective.  OSError on every rank where it fails on one."""
     weights, entries = ckpt.local_slices(engine.whole_parameters(), mesh.tensor, ckpt.weights_file(mesh))
     manifest = ckpt.Manifest(
@@ -195,7 +204,11 @@ def save_checkpoint(config: Config, mesh: Mesh, engine: Engine, step: int) -> Pa
         heads=config.heads,
         tensors={},
         layout=layout_of(config, mesh),
-        trainer={"data": data_fingerprint(config)},
+        trainer={
+            "data": data_fingerprint(config),
+            "loss_scale": engine.loss_scale.state(),
+            "watch": watch.state(),
+        },
         config=config.model_dump(),
     )
     return ckpt.save(

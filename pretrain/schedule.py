@@ -1,7 +1,9 @@
-"""The learning rate as a function of the step: nothing to save, nothing to restore."""
+"""The learning rate and the batch size as functions of the step: nothing to save, nothing to restore."""
 
 from __future__ import annotations
 
+import bisect
+import dataclasses
 import math
 from typing import Literal, get_args
 
@@ -91,3 +93,46 @@ def learning_rate(
     else:
         remaining = 1.0 - progress
     return peak * (minimum_ratio + (1.0 - minimum_ratio) * remaining)
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchSizes:
+    """The rows of each global step: ``size``, or before it a ramp (as Megatron-LM's ``--rampup-batch-size``).
+
+    The ramp begins with ``start`` rows and rises by ``increment`` until ``size``; all its sizes together see at least
+    ``samples`` rows, in equal shares.  Steps count from 0, samples over the whole run.  ValueError where the increments
+    do not lead from ``start`` to ``size``.
+    """
+
+    size: int
+    start: int | None = None
+    increment: int = 0
+    samples: int = 0
+    sizes: tuple[int, ...] = dataclasses.field(init=False)  # every size that occurs, in order
+    _first_steps: list[int] = dataclasses.field(init=False, repr=False)
+    _first_samples: list[int] = dataclasses.field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        sizes, first_steps, first_samples = [], [0], [0]
+        if self.start is not None:
+            rise = self.size - self.start
+            if self.increment < 1 or rise < 1 or rise % self.increment:
+                raise ValueError(
+                    f"a batch ramp from {self.start} by {self.increment} does not arrive at {self.size}: set start "
+                    "below training.global_batch_size, and an increment that divides the difference"
+                )
+            sizes = list(range(self.start, self.size, self.increment))
+            for number, rows in enumerate(sizes, 1):
+                until = self.samples * number / len(sizes)
+                steps = max(math.ceil((until - first_samples[-1]) / rows), 1)
+                first_steps.append(first_steps[-1] + steps)
+                first_samples.append(first_samples[-1] + steps * rows)
+        object.__setattr__(self, "sizes", (*sizes, self.size))
+        object.__setattr__(self, "_first_steps", first_steps)
+        object.__setattr__(self, "_first_samples", first_samples)
+
+    def samples_of(self, step: int) -> range:
+        """The indices of the rows of a step."""
+        place = bisect.bisect_right(self._first_steps, step) - 1
+        first = self._first_samples[place] + (step - self._first_steps[place]) * self.sizes[place]
+        return range(first, first + self.sizes[place])

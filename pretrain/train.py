@@ -22,14 +22,17 @@ from .config import Config, check_world
 from .losses import Counts, Losses, LossFunction
 from .metrics import (
     MetricsWriter,
+    SpikeMetrics,
     StepMetrics,
     ValidationMetrics,
     model_flops_utilization,
     peak_flops_per_second,
 )
 from .models import architecture
+from .models.base import Recompute
 from .objectives import Objective
-from .schedule import learning_rate
+from .schedule import BatchSizes, learning_rate
+from .watch import Watch
 
 
 def train(config: Config, *, resume: str = "auto", stop_after: int | None = None) -> None:
@@ -43,8 +46,14 @@ def train(config: Config, *, resume: str = "auto", stop_after: int | None = None
     check_world(config, int(os.environ["WORLD_SIZE"]), device)
     config, vocabulary = run.with_tokenizer(config)
     objective = run.objective_of(config, vocabulary, "train")
+    parallel = config.parallel
     mesh = Mesh.create(
-        config.parallel.tensor, config.parallel.pipeline, device=device, timeout_seconds=config.training.timeout_seconds
+        parallel.tensor,
+        parallel.pipeline,
+        device=device,
+        sequence_parallel=parallel.sequence,
+        virtual_stages=parallel.virtual_stages,
+        timeout_seconds=config.training.timeout_seconds,
     )
     try:
         start = run.find_start(config, mesh, resume)
@@ -58,16 +67,15 @@ def _train(
     config: Config, mesh: Mesh, evaluation: Evaluation, objective: Objective, start: run.Start, last: int
 ) -> None:
     loss_function = LossFunction(config.heads)
-    engine = run.build_engine(config, mesh, start, loss_function)
+    engine, watch = run.build_engine(config, mesh, start, loss_function), run.watch_of(config, start)
     training, schedule, save = config.training, config.schedule, config.checkpoint
     row_flops = architecture(config.model.model_type).flops_per_row(
         config.model, config.data.sequence_length, objective.predictions_per_row
     )
     if mesh.is_writer:
         run.write_config(config)
-    loader = run.loader_of(
-        config, objective, mesh, rows=training.global_batch_size, prefetch=config.data.prefetch_steps
-    )
+    sizes = training.batch_sizes
+    loader = run.loader_of(objective, mesh, sizes, prefetch=config.data.prefetch_steps)
     writer = MetricsWriter(
         config.run_dir,
         is_writer=mesh.is_writer,
@@ -95,11 +103,13 @@ def _train(
             )
             result = engine.train_batch(
                 batch.split(training.micro_batch_size),
-                stage_runner(mesh, dropout=(training.seed, step)),
+                (training.micro_batch_size, config.data.sequence_length),
+                stage_runner(mesh, dropout=(training.seed, step), recompute=training.recompute),
                 functools.partial(loss_function, counts=counts),
                 learning_rate=rate,
             )
             losses = loss_function.means(result.statistics, counts)
+            trouble = watch.see(result.gradient_norm)
             seconds = time.perf_counter() - began
             done = step + 1
             writer.train(
@@ -114,15 +124,21 @@ def _train(
                     data_wait_seconds=waited,
                     model_flops_utilization=_utilization(row_flops * counts.rows / seconds, mesh),
                     peak_memory_bytes=_peak_memory(mesh),
+                    loss_scale=result.loss_scale if training.dtype == "float16" else None,
+                    skipped_steps=watch.skipped,
                     parts=losses.parts,
                 )
             )
-            _require_finite(losses.loss, result.gradient_norm, done)
+            if trouble is not None:
+                samples = sizes.samples_of(step)
+                worst = largest(dict(zip(samples, engine.gather_rows(result, len(samples)), strict=True)))
+                writer.spike(SpikeMetrics(done, trouble, losses.loss, result.gradient_norm, samples, worst))
+                _require_progress(watch, training.max_skipped_steps, done)
             if evaluation.due(done):
                 evaluation(engine, writer, done)
             if done == last or (save.interval and done % save.interval == 0):
                 writer.sync()
-                writer.message(f"saved {run.save_checkpoint(config, mesh, engine, done)}")
+                writer.message(f"saved {run.save_checkpoint(config, mesh, engine, watch, done)}")
 
 
 class Evaluation:
@@ -147,27 +163,29 @@ class Evaluation:
     def measure(self, engine: Any) -> Losses:
         """Global means over ``evaluation.rows`` rows; collective."""
         assert self.objective is not None, "evaluation.interval is 0"
-        loader = run.loader_of(self.config, self.objective, self.mesh, rows=self.config.evaluation.rows, prefetch=0)
+        loader = run.loader_of(self.objective, self.mesh, BatchSizes(self.config.evaluation.rows), prefetch=0)
         batch = loader.make(0)
         counts = Counts.of(batch, self.mesh)
+        rows = self.config.training.micro_batch_size
         sums = engine.eval_batch(
-            batch.split(self.config.training.micro_batch_size),
+            batch.split(rows),
+            (rows, self.config.data.sequence_length),
             stage_runner(self.mesh, dropout=None),
             functools.partial(self.loss_function, counts=counts),
         )
         return self.loss_function.means(sums, counts)
 
 
-def stage_runner(mesh: Mesh, *, dropout: tuple[int, int] | None) -> Callable[..., Any]:
-    """How the engine runs its stage on a microbatch.
+def stage_runner(mesh: Mesh, *, dropout: tuple[int, int] | None, recompute: Recompute = "none") -> Callable[..., Any]:
+    """How the engine runs a chunk of its stage on a microbatch.
 
     ``dropout``: the (seed, step) that its masks are keyed by; None in evaluation, where correct guesses are counted.
     """
 
-    def run_stage(module: Callable[..., Any], batch: Batch, received: Tensor | None) -> Any:
+    def run_stage(module: Callable[..., Any], batch: Batch, received: Tensor | None, chunk: int) -> Any:
         batch = batch.to(mesh.device)
         key = None if dropout is None else DropoutKey(*dropout, batch.sample_ids)
-        return module(batch, received, dropout=key, count_correct=dropout is None)
+        return module(batch, received, chunk=chunk, dropout=key, recompute=recompute, count_correct=dropout is None)
 
     return run_stage
 
@@ -183,11 +201,18 @@ def _greeting(config: Config, mesh: Mesh, start: run.Start) -> str:
     )
 
 
-def _require_finite(loss: float, norm: float, step: int) -> None:
-    if not (math.isfinite(loss) and math.isfinite(norm)):
+def largest(losses: dict[int, float], count: int = 8) -> dict[int, float]:
+    """The rows with the largest losses, those that are not finite first."""
+    order = sorted(losses, key=lambda row: losses[row] if math.isfinite(losses[row]) else math.inf, reverse=True)
+    return {row: losses[row] for row in order[:count]}
+
+
+def _require_progress(watch: Watch, limit: int, step: int) -> None:
+    if watch.skipped_in_a_row >= limit:
         raise ValueError(
-            f"step {step} has loss {loss} and gradient norm {norm}: nothing was saved since the last checkpoint; lower "
-            "optimizer.lr, lengthen schedule.warmup_steps or use float32"
+            f"step {step} is the {watch.skipped_in_a_row}th in a row whose loss or gradient is not finite "
+            "(training.max_skipped_steps): nothing was saved since the last checkpoint; look at spikes.jsonl, lower "
+            "optimizer.lr, lengthen schedule.warmup_steps, or use bfloat16 or float32"
         )
 
 

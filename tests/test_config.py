@@ -130,7 +130,7 @@ REFUSED: list[tuple[list[str], str]] = [
     (["training.steps=0"], "training.steps = 0: must be greater than 0"),
     (["training.steps=many"], "training.steps = 'many': must be a valid integer, unable to parse string as an integer"),
     (["training.steps="], "training.steps = None: must be a valid integer"),
-    (["training.dtype=float16"], "training.dtype = 'float16': must be 'float32' or 'bfloat16'"),
+    (["training.dtype=float8"], "training.dtype = 'float8': must be 'float32', 'bfloat16' or 'float16'"),
     (["training.seed=9223372036854775808"],
      "training.seed = 9223372036854775808: must be less than 9223372036854775808"),
     (["parallel.zero_stage=4"], "parallel.zero_stage = 4: must be 0, 1, 2 or 3"),
@@ -156,7 +156,7 @@ REFUSED: list[tuple[list[str], str]] = [
     (["model.pad_token_id=511"],
      "model.max_position_embeddings 512 leaves no position: they are counted from pad_token_id 511 + 1, raise it"),
     # Model and objective.
-    (["objective.name=mln"], "objective.name 'mln' is unknown: choose one of mlm, clm, mlm+nsp"),
+    (["objective.name=mln"], "objective.name 'mln' is unknown: choose one of mlm, clm, mlm+nsp, mlm+sop"),
     (["objective.mask_fraction=0.95"],
      "objective.mask_fraction 0.95 + random_fraction 0.1 exceeds 1: lower one"),
     (["objective.name=clm"],
@@ -189,9 +189,32 @@ REFUSED: list[tuple[list[str], str]] = [
        f"parallel.zero_stage {stage} does not go with parallel.pipeline 2 (gradients of all microbatches are needed at "
        "once): set zero_stage to 0 or 1, or pipeline to 1") for stage in (2, 3)),
     (["parallel.data=3"],
-     "training.global_batch_size 32 does not divide by training.micro_batch_size 8 × 3 data ranks: set one to fit"),
+     "training.global_batch_size 32 does not divide by training.micro_batch_size 8 × 3 data ranks: set a multiple of 24"),
     (["parallel.data=1", "training.global_batch_size=12"],
-     "training.global_batch_size 12 does not divide by training.micro_batch_size 8 × 1 data ranks: set one to fit"),
+     "training.global_batch_size 12 does not divide by training.micro_batch_size 8 × 1 data ranks: set a multiple of 8"),
+    (["parallel.sequence=true"],
+     "parallel.sequence splits over the tensor ranks and parallel.tensor is 1: raise it, or leave sequence out"),
+    (["parallel.tensor=2", "parallel.sequence=true", "data.sequence_length=31"],
+     "data.sequence_length 31 does not divide by parallel.tensor 2, as parallel.sequence needs: set a multiple"),
+    (["parallel.virtual_stages=2"],
+     "parallel.virtual_stages 2 interleaves over pipeline ranks and parallel.pipeline is 1: "
+     "raise it, or leave virtual_stages out"),
+    (["parallel.virtual_stages=2", "parallel.pipeline=2"],
+     "parallel.pipeline 2 × virtual_stages 2 exceeds model.num_hidden_layers 2: "
+     "set at most that, a stage needs a layer"),
+    (["parallel.virtual_stages=2", "parallel.pipeline=2", "model.num_hidden_layers=4", "parallel.data=4"],
+     "training.global_batch_size 32 makes 1 microbatches on each of 4 data ranks, and the interleaved schedule needs a "
+     "multiple of parallel.pipeline 2: set a multiple of 64"),
+    (["parallel.offload_optimizer=true", "parallel.zero_stage=0"],
+     "parallel.offload_optimizer is part of ZeRO and parallel.zero_stage is 0: set zero_stage to 1, 2 or 3"),
+    (["parallel.offload_optimizer=true", "optimizer.name=lamb"],
+     "parallel.offload_optimizer updates with DeepSpeed's CPU Adam, optimizer.name is lamb: "
+     "set adamw, or leave offload_optimizer out"),
+    (["training.batch_ramp={start: 12, increment: 8, samples: 100}"],
+     "training.a batch ramp from 12 by 8 does not arrive at 32: set start below training.global_batch_size, "
+     "and an increment that divides the difference"),
+    (["training.batch_ramp={start: 12, increment: 4, samples: 100}", "parallel.data=1"],
+     "training.batch_ramp's size 12 does not divide by training.micro_batch_size 8 × 1 data ranks: set a multiple of 8"),
     # The schedule.
     (["schedule.warmup_steps=1001"],
      "schedule: 1001 warm-up steps do not fit: set 0 to 1000, the number of training steps"),
@@ -284,7 +307,7 @@ def test_ranks_that_fit(overrides: list[str], ranks: int, data: int, file: Path)
         (["parallel.data=2", "parallel.tensor=2"], 2,
          "2 ranks do not make parallel.tensor 2 × pipeline 1 × data 2: start 4 ranks, or change the parallel section"),
         ([], 3,
-         "training.global_batch_size 32 does not divide by training.micro_batch_size 8 × 3 data ranks: set one to fit"),
+         "training.global_batch_size 32 does not divide by training.micro_batch_size 8 × 3 data ranks: set a multiple of 24"),
         (["evaluation.interval=1", "evaluation.rows=40"], 2,
          "evaluation.rows 40 does not divide by training.micro_batch_size 8 × 2 data ranks: set a multiple of 16"),
     ],
@@ -377,8 +400,14 @@ def dead_knobs(read: set[tuple[str, str]]) -> list[str]:
 
 
 def test_every_key_is_read_somewhere() -> None:
-    # parallel.data is compared with the number of ranks there, and decides nothing else.
-    own = set(owners_and_attributes((ROOT / "pretrain/config.py").read_text(encoding="utf-8"))) & {("parallel", "data")}
+    # parallel.data is compared with the number of ranks there, and decides nothing else; the sizes of the batches are
+    # read there into one object, training.batch_sizes.
+    assert ("training", "batch_sizes") in set(attributes_read("pretrain/config.py"))
+    here = set(owners_and_attributes((ROOT / "pretrain/config.py").read_text(encoding="utf-8")))
+    sizes = {
+        ("training", name) for owner, name in here if owner == "self" and name in ("global_batch_size", "batch_ramp")
+    }
+    own = (here & {("parallel", "data")}) | sizes
     read = set(attributes_read("pretrain/config.py")) | own
     assert dead_knobs(read) == [], "set in a configuration, but nothing reads it"
 

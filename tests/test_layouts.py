@@ -86,7 +86,7 @@ def test_fifty_steps_in_every_layout(trainer, capsys):
     losses = [loss for loss, _ in single.steps()]
     assert losses[-1] < losses[0] - 0.5, "it must have learned something"
     for name, overrides in LAYOUTS.items():
-        layout = {"tensor": 1, "pipeline": 1, "data": 1, "zero_stage": 0}
+        layout = {"tensor": 1, "pipeline": 1, "virtual_stages": 1, "data": 1, "zero_stage": 0}
         assert runs[name].layout() == layout | {key.split(".")[1]: value for key, value in overrides.items()}
         assert max(found[name]) <= RELATIVE, f"{name}: {found[name]}"
         assert_all_close(runs[name].weights(), single.weights(), f"{name}: final")

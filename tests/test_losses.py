@@ -75,7 +75,7 @@ def accumulated(heads: tuple[str, ...], rows: int, weights: Tensor) -> tuple[flo
         loss, statistics = function(model(microbatch), microbatch, counts)
         loss.backward()
         total += loss.item()
-        sums += statistics
+        sums += statistics[: function.statistics]
     parameters = [model.words, *([model.sentences] if "nsp" in heads else [])]
     return total, sums.tolist(), [p.grad for p in parameters if p.grad is not None]
 
@@ -130,6 +130,16 @@ def test_statistics() -> None:
     assert (alone.parts, alone.sentence_accuracy) == ({}, None)
     assert LossFunction(("lm",)).statistics == 2
     assert LossFunction(heads).statistics == 4
+
+
+def test_each_row_has_its_mean_loss() -> None:
+    batch, function, model = batch_of(UNEVEN.double()), LossFunction(("lm", "nsp")), Model.make()
+    losses = model(batch)["lm_losses"].detach()
+    wanted = [row[used].mean().item() if used.any() else 0.0 for row, used in zip(losses, UNEVEN, strict=True)]
+    counts, found = Counts.of(batch, Mesh.solo()), []
+    for microbatch in batch.split(4):
+        found += function(model(microbatch), microbatch, counts)[1][function.statistics :].tolist()
+    assert found == pytest.approx(wanted, rel=1e-12)
 
 
 def test_a_batch_without_predictions_has_no_loss() -> None:

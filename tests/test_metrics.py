@@ -67,7 +67,7 @@ def test_lines_hold_what_was_measured_and_no_unknown(tmp_path: Path) -> None:
         metrics.validation(ValidationMetrics(2, loss=2.0, masked_accuracy=0.5))
     first, second, validation = read_metrics(tmp_path / "metrics.jsonl")
     plain = {"loss", "grad_norm", "lr", "tokens", "tokens_per_second", "step_seconds", "data_wait_seconds"}
-    assert set(first) == plain | {"step"}
+    assert set(first) == plain | {"step", "skipped_steps"}
     assert second["model_flops_utilization"] == 0.4
     assert second["peak_memory_bytes"] == 3
     assert second["sentence_loss"] == 0.7

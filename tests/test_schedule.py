@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from farspan.pretrain.schedule import check_schedule, learning_rate
+from farspan.pretrain.schedule import BatchSizes, check_schedule, learning_rate
 
 BASE: dict[str, Any] = {"peak": 1e-3, "total_steps": 100, "warmup_steps": 10, "name": "linear"}
 
@@ -111,3 +111,37 @@ def test_bad_settings_are_named_in_one_line(change: dict[str, Any], message: str
 def test_a_negative_step_is_refused() -> None:
     with pytest.raises(ValueError, match="no step -1"):
         learning_rate(-1, **BASE)
+
+
+@given(
+    start=st.integers(1, 8),
+    increment=st.integers(1, 8),
+    count=st.integers(1, 6),
+    samples=st.integers(0, 500),
+)
+def test_a_batch_ramp_as_one_that_counts_samples(start, increment, count, samples):
+    size = start + increment * count
+    sizes, seen = BatchSizes(size, start, increment, samples), 0
+    used = []
+    for step in range(200):
+        rows = sizes.samples_of(step)
+        assert rows.start == seen, "a sample is lost or repeated"
+        seen += len(rows)
+        used.append(len(rows))
+    assert used == sorted(used) and set(used[: used.index(size) + 1]) == set(sizes.sizes) if size in used else True
+    for number, rows in enumerate(sizes.sizes[:-1], 1):
+        if rows + increment in used:
+            before = sum(used[: used.index(rows + increment)])
+            assert before >= samples * number / count
+            # One step less would not have done.
+            assert used.count(rows) == 1 or before - rows < samples * number / count
+
+
+def test_without_a_ramp_all_steps_are_equal():
+    assert [BatchSizes(6).samples_of(step) for step in (0, 1, 7)] == [range(6), range(6, 12), range(42, 48)]
+
+
+@pytest.mark.parametrize("ramp", [(8, 4), (2, 4), (2, 0)])
+def test_a_ramp_that_does_not_arrive_is_refused(ramp):
+    with pytest.raises(ValueError, match=f"a batch ramp from {ramp[0]} by {ramp[1]} does not arrive at 8"):
+        BatchSizes(8, *ramp, 100)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..batch import Batch
+from ..schedule import BatchSizes
 
 if TYPE_CHECKING:
     from ..objectives import Objective
@@ -20,12 +21,12 @@ if TYPE_CHECKING:
 class Loader:
     """This data rank's batch of every global step, made a few steps ahead.
 
-    Step t of the run holds the samples [t G, (t + 1) G) for a global batch of G rows; data rank r of R takes the r-th
-    of R equal slices.  Nothing is replayed, whichever step comes first.
+    Data rank r of R takes the r-th of R equal slices of a step's samples.  Nothing is replayed, whichever step comes
+    first.
 
     Args:
         objective: makes the batches.
-        global_batch_size: rows of one step over all data ranks, G.
+        sizes: which samples a step holds over all data ranks.
         data_rank, data_size: this rank's place among the data-parallel ranks.
         prefetch: steps made ahead; 0 makes every batch when it is asked for, without a thread.
         pin_memory: page-locked tensors, for copies to a GPU that overlap with work.
@@ -37,33 +38,34 @@ class Loader:
     def __init__(
         self,
         objective: Objective,
-        global_batch_size: int,
+        sizes: BatchSizes,
         *,
         data_rank: int = 0,
         data_size: int = 1,
         prefetch: int = 4,
         pin_memory: bool = False,
     ) -> None:
-        if global_batch_size < 1 or global_batch_size % data_size:
-            raise ValueError(
-                f"a global batch of {global_batch_size} rows does not split over {data_size} data ranks: "
-                f"set it to a multiple of {data_size}"
-            )
+        for size in sizes.sizes:
+            if size < 1 or size % data_size:
+                raise ValueError(
+                    f"a global batch of {size} rows does not split over {data_size} data ranks: "
+                    f"set it to a multiple of {data_size}"
+                )
         if not 0 <= data_rank < data_size:
             raise ValueError(f"data rank {data_rank} is outside [0, {data_size})")
         self.objective = objective
         self.wait_seconds = 0.0
-        self._global_batch_size = global_batch_size
-        self._first = data_rank * (global_batch_size // data_size)
-        self._rows = global_batch_size // data_size
+        self._sizes, self._data_rank, self._data_size = sizes, data_rank, data_size
         self._prefetch = prefetch
         self._pin_memory = pin_memory
         self._worker: _Worker | None = None
 
     def make(self, step: int) -> Batch:
         """Make the batch of one step now, in this thread."""
-        first = step * self._global_batch_size + self._first
-        batch = self.objective.batch(np.arange(first, first + self._rows))
+        samples = self._sizes.samples_of(step)
+        rows = len(samples) // self._data_size
+        first = samples.start + self._data_rank * rows
+        batch = self.objective.batch(np.arange(first, first + rows))
         return batch.pin_memory() if self._pin_memory else batch
 
     def batch(self, step: int) -> Batch:

@@ -10,13 +10,16 @@ that flows between pipeline stages.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from ...kernels.documents import Documents
 from ...kernels.dropout import DropoutKey, dropout, stream
-from ...parallel.layers import Embedding, LayerNorm, VocabParallelEmbedding
+from ...parallel.layers import Embedding, LayerNorm, VocabParallelEmbedding, gather_sequence, sequence_part
 from ...parallel.mesh import Mesh
 from ..batch import Batch
 from .config import ModelConfig
@@ -24,6 +27,7 @@ from .heads import LanguageModelHead, SentenceHead
 
 EMBEDDING_DROPOUT = 0  # the only place of dropout of layer -1
 HuggingFaceKeys = dict[str, tuple[str, ...]]
+Recompute = Literal["none", "selective", "full"]
 
 
 def layer_keys(logical: str, *huggingface: str) -> HuggingFaceKeys:
@@ -33,63 +37,78 @@ def layer_keys(logical: str, *huggingface: str) -> HuggingFaceKeys:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """Which part of the model a pipeline rank holds."""
+    """Which part of the model a pipeline rank holds: chunks of consecutive layers (one, but for the interleaved
+    schedule), the embeddings before the first rank's first chunk, the heads after the last rank's last."""
 
-    layers: range
+    chunks: tuple[range, ...]
     first: bool
     last: bool
 
     @staticmethod
     def whole(config: ModelConfig) -> Stage:
-        return Stage(range(config.num_hidden_layers), first=True, last=True)
+        return Stage((range(config.num_hidden_layers),), first=True, last=True)
 
     @staticmethod
-    def of(config: ModelConfig, rank: int, size: int) -> Stage:
-        """Consecutive layers, as evenly as they divide: earlier stages get the smaller share (the last has the head,
-        but the first has the embedding and the deepest queue of activations)."""
-        if size > config.num_hidden_layers:
+    def of(config: ModelConfig, rank: int, size: int, virtual_stages: int = 1) -> Stage:
+        """Layers are shared as evenly as they divide: earlier chunks get the smaller share (the last has the head, but
+        the first has the embedding and the deepest queue of activations).  Chunk v of rank r is the
+        (v · ranks + r)-th of the model (arXiv 2104.04473, section 2.2)."""
+        count = size * virtual_stages
+        if count > config.num_hidden_layers:
             raise ValueError(
-                f"{size} pipeline stages cannot share num_hidden_layers {config.num_hidden_layers}: "
-                "set parallel.pipeline to at most the number of layers"
+                f"{size} pipeline ranks × {virtual_stages} virtual stages cannot share num_hidden_layers "
+                f"{config.num_hidden_layers}: set parallel.pipeline × parallel.virtual_stages to at most that"
             )
-        bounds = [config.num_hidden_layers * i // size for i in range(size + 1)]
-        return Stage(range(bounds[rank], bounds[rank + 1]), first=rank == 0, last=rank == size - 1)
+        bounds = [config.num_hidden_layers * i // count for i in range(count + 1)]
+        places = range(rank, count, size)
+        chunks = tuple(range(bounds[i], bounds[i + 1]) for i in places)
+        return Stage(chunks, first=rank == 0, last=rank == size - 1)
+
+    def begins(self, chunk: int) -> bool:
+        """Whether the model begins with this chunk."""
+        return self.first and chunk == 0
+
+    def ends(self, chunk: int) -> bool:
+        """Whether the model ends with this chunk."""
+        return self.last and chunk == len(self.chunks) - 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Context:
     """What every layer of a microbatch needs beside the hidden states.
 
-    ``mask``: bool, broadcasts with [b, heads, s, s], True where a query sees a key; None: no restriction, or causal
-    alone.  ``causal``: a query sees its own and earlier positions (already part of ``mask`` where there is one).
-    ``dropout``: the keys of this microbatch's masks; None in evaluation.
+    ``attention``: which tokens see one another.  ``dropout``: the keys of this microbatch's masks; None in evaluation.
     """
 
-    mask: Tensor | None
-    causal: bool
+    attention: Documents
+    documents: Tensor  # [b, s] int64: which document of its row a position belongs to, 0 for padding
     positions: Tensor  # [s, 1] int64, index in the row: what dropout is keyed by
     dropout: DropoutKey | None
+    part: slice  # the positions whose hidden states this tensor rank has between products
+    recompute: Recompute
 
     @staticmethod
-    def of(batch: Batch, *, causal: bool, dropout: DropoutKey | None) -> Context:
+    def of(
+        batch: Batch, mesh: Mesh, *, causal: bool, dropout: DropoutKey | None, recompute: Recompute = "none"
+    ) -> Context:
         documents = batch.document_ids
         length = documents.shape[1]
         index = torch.arange(length, device=documents.device)
-        mask: Tensor | None = None
-        if batch.attention == "document":
-            mask = (documents.unsqueeze(2) == documents.unsqueeze(1)).unsqueeze(1)
-        elif batch.attention == "padding":
-            real = documents > 0
-            mask = (real | ~real.any(1, keepdim=True))[:, None, None, :]  # a row without tokens must not divide by 0
-        if causal and mask is not None:
-            # A padded query before the first token sees itself, so that no row of the softmax is empty.
-            before, same = index.unsqueeze(1) > index, index.unsqueeze(1) == index
-            mask = (mask & before) | same
-        return Context(mask, causal, index.unsqueeze(1), dropout)
+        attention = Documents.of(documents, index.expand_as(documents), batch.attention, causal=causal)
+        return Context(attention, documents, index.unsqueeze(1), dropout, sequence_part(length, mesh), recompute)
 
     def keys(self, layer: int, place: int) -> Tensor | None:
-        """Row keys [s, b] of one use of dropout on hidden states."""
-        return None if self.dropout is None else self.dropout.rows(stream(layer, place), self.positions)
+        """Row keys [s, b] of one use of dropout on hidden states (of this rank's part of the sequence)."""
+        return None if self.dropout is None else self.dropout.rows(stream(layer, place), self.positions[self.part])
+
+    def run(self, kind: Recompute, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        """``function(*arguments)``, its activations kept, or computed again in the backward pass where the run says so
+        for this kind: "full" a whole layer, "selective" what is large and quick to compute, such as the weights of
+        attention (arXiv 2205.05198, section 5).  Dropout is keyed, so nothing but the arguments need be kept."""
+        if kind != self.recompute or not torch.is_grad_enabled():
+            return function(*arguments)
+        # ZeRO 3 frees a weight after use: what is saved first and what is computed again differ in shape until then.
+        return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
 
 
 class LanguageModel(nn.Module):
@@ -107,9 +126,9 @@ class LanguageModel(nn.Module):
         self.config, self.mesh, self.stage, self.heads = config, mesh, stage, heads
         if stage.first:
             self.embeddings = self.make_embeddings()
-        self.layers = nn.ModuleDict({str(i): self.make_layer(i) for i in stage.layers})
+        self.layers = nn.ModuleDict({str(i): self.make_layer(i) for chunk in stage.chunks for i in chunk})
         if stage.last:
-            self.final_norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+            self.final_norm = self.make_final_norm()
             if "lm" in heads:
                 self.lm_head = LanguageModelHead(config, mesh, self.head_activation(), holds_embedding=stage.first)
             if "nsp" in heads:
@@ -130,6 +149,10 @@ class LanguageModel(nn.Module):
     def position_ids(self, batch: Batch) -> Tensor:
         """Rows of the position table, [b, s]."""
         return batch.positions
+
+    def make_final_norm(self) -> nn.Module | None:
+        """What follows the last layer: a norm, in a pre-norm stack; None, in a post-norm one."""
+        return LayerNorm(self.mesh, self.config.hidden_size, self.config.layer_norm_eps)
 
     def head_activation(self) -> str:
         return self.config.hidden_act
@@ -166,26 +189,31 @@ class LanguageModel(nn.Module):
         batch: Batch,
         hidden: Tensor | None = None,
         *,
+        chunk: int = 0,
         dropout: DropoutKey | None = None,
         output: Literal["loss", "logits"] = "loss",
+        recompute: Recompute = "none",
         count_correct: bool = False,
     ) -> Any:
-        """Run this stage.
+        """Run one chunk of this stage.
 
-        ``hidden``: [s, b, h] from the stage before; None on the first.  Returns [s, b, h], and on the last stage a
-        dict: for "loss" ``lm_losses`` and ``lm_correct`` [b, p] (``sentence_losses``, ``sentence_correct`` [b] with the
-        nsp head), in nats; for "logits" ``logits`` [b, s, v], ``last_hidden_state`` [b, s, h] (and
-        ``seq_relationship_logits`` [b, 2]).
+        ``hidden``: [s, b, h] from the chunk before (under sequence parallelism a part of the positions); None for the
+        first.  ``recompute``: which activations the backward pass computes again.  Returns [s, b, h], and for the
+        model's last chunk a dict: for "loss" ``lm_losses`` and ``lm_correct`` [b, p] (``sentence_losses``,
+        ``sentence_correct`` [b] with the nsp head), in nats; for "logits" ``logits`` [b, s, v], ``last_hidden_state``
+        [b, s, h] (and ``seq_relationship_logits`` [b, 2]).
         """
-        context = Context.of(batch, causal=self.config.is_decoder, dropout=dropout)
-        if self.stage.first:
+        context = Context.of(batch, self.mesh, causal=self.config.is_decoder, dropout=dropout, recompute=recompute)
+        if self.stage.begins(chunk):
             hidden = self.embeddings(batch, self.position_ids(batch), context)
-        assert hidden is not None, "a later stage needs the hidden states of the one before"
-        for layer in self.layers.values():
-            hidden = layer(hidden, context)
-        if not self.stage.last:
+        assert hidden is not None, "a later chunk needs the hidden states of the one before"
+        for index in self.stage.chunks[chunk]:
+            hidden = context.run("full", self.layers[str(index)], hidden, context)
+        if not self.stage.ends(chunk):
             return hidden
-        hidden = self.final_norm(hidden)
+        if self.final_norm is not None:
+            hidden = self.final_norm(hidden)
+        hidden = gather_sequence(hidden, self.mesh)
         return self._logits(hidden) if output == "logits" else self._losses(hidden, batch, count_correct)
 
     def _losses(self, hidden: Tensor, batch: Batch, count_correct: bool) -> dict[str, Tensor]:
@@ -230,24 +258,31 @@ class LanguageModel(nn.Module):
 
 
 class Embeddings(nn.Module):
-    """Words + token types + positions, then (in some architectures) a norm, then dropout.  → [s, b, h]"""
+    """Words + token types + positions, then (in some architectures) a norm, then dropout.
+
+    An architecture that does more before the dropout subclasses and adds to ``embed``.
+
+    → [s, b, h], under sequence parallelism [s/tensor, b, h].
+    """
 
     def __init__(self, config: ModelConfig, mesh: Mesh, *, norm: bool, positions: bool) -> None:
         super().__init__()
         h, std = config.hidden_size, config.initializer_range
         self.p = config.hidden_dropout_prob
         self.words = VocabParallelEmbedding(mesh, config.vocab_size, h, std=std, padding_index=config.pad_token_id)
-        self.types = Embedding(config.type_vocab_size, h, std=std)
+        self.types = Embedding(mesh, config.type_vocab_size, h, std=std)
         # Hugging Face keeps the table in its files for relative positions too, where nothing reads it.
         rows, padding = config.max_position_embeddings, config.position_padding_index
-        self.positions = Embedding(rows, h, std=std, padding_index=padding)
+        self.positions = Embedding(mesh, rows, h, std=std, padding_index=padding)
         self.positions.weight.requires_grad_(positions)
-        self.norm = LayerNorm(h, config.layer_norm_eps) if norm else None
+        self.norm = LayerNorm(mesh, h, config.layer_norm_eps) if norm else None
 
     def forward(self, batch: Batch, position_ids: Tensor, context: Context) -> Tensor:
-        x = self.words(batch.input_ids.t()) + self.types(batch.token_type_ids.t())
+        return dropout(self.embed(batch, position_ids, context), self.p, context.keys(-1, EMBEDDING_DROPOUT))
+
+    def embed(self, batch: Batch, position_ids: Tensor, context: Context) -> Tensor:
+        """Of this rank's positions, before dropout."""
+        x = self.words(batch.input_ids.t()) + self.types(batch.token_type_ids.t()[context.part])
         if self.positions.weight.requires_grad:
-            x = x + self.positions(position_ids.t())
-        if self.norm is not None:
-            x = self.norm(x)
-        return dropout(x, self.p, context.keys(-1, EMBEDDING_DROPOUT))
+            x = x + self.positions(position_ids.t()[context.part])
+        return x if self.norm is None else self.norm(x)

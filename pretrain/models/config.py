@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -14,12 +14,12 @@ class ModelConfig(BaseModel):
     """The fields that all architectures have, named as in Hugging Face's config.json."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+    split_over_tensor: ClassVar[tuple[str, ...]] = ("intermediate_size",)  # fields that parallel.tensor must divide
 
     model_type: str = Field(..., description="the architecture")
     vocab_size: int = Field(0, ge=0, description="0: taken from the prepared data's tokenizer")
     hidden_size: int = Field(768, gt=0, description="features of a hidden state")
     num_hidden_layers: int = Field(12, gt=0, description="layers")
-    num_attention_heads: int = Field(12, gt=0, description="attention heads of a layer; a divisor of hidden_size")
     intermediate_size: int = Field(3072, gt=0, description="inner features of the feed-forward")
     hidden_act: str = Field(
         "gelu", description=f"activation of the feed-forward: {', '.join(ACTIVATIONS)} (`gelu` is the exact one)"
@@ -27,7 +27,6 @@ class ModelConfig(BaseModel):
     hidden_dropout_prob: float = Field(
         0.1, ge=0.0, lt=1.0, description="dropout of the embeddings and of every branch before it is added"
     )
-    attention_probs_dropout_prob: float = Field(0.1, ge=0.0, lt=1.0, description="dropout of the attention weights")
     max_position_embeddings: int = Field(512, gt=0, description="rows of the position table")
     type_vocab_size: int = Field(2, gt=0, description="rows of the token-type table")
     initializer_range: float = Field(
@@ -42,11 +41,6 @@ class ModelConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} does not divide by num_attention_heads {self.num_attention_heads}: "
-                "set one to fit the other"
-            )
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act {self.hidden_act!r} is unknown: choose one of {', '.join(ACTIVATIONS)}")
         if self.vocab_size and self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:

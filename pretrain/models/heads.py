@@ -23,7 +23,7 @@ class LanguageModelHead(nn.Module):
         h, v, std = config.hidden_size, config.vocab_size, config.initializer_range
         self.dense = Linear(h, h, std=std)
         self.activation = ACTIVATIONS[activation]
-        self.norm = LayerNorm(h, config.layer_norm_eps)
+        self.norm = LayerNorm(None, h, config.layer_norm_eps)
         weight: Logical | None = None
         if not config.tie_word_embeddings:
             weight = word_table(mesh, v, h, std=std, padding_index=None)

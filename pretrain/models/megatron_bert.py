@@ -8,6 +8,8 @@ from .transformer import (
     PreNormLayer,
     TransformerConfig,
     embedding_keys,
+    head_aliases,
+    head_keys,
     transformer_flops_per_row,
     transformer_keys,
 )
@@ -19,7 +21,7 @@ class MegatronBertConfig(TransformerConfig):
     model_type: str = ModelConfig.with_default("model_type", "megatron-bert")
     hidden_size: int = ModelConfig.with_default("hidden_size", 1024)
     num_hidden_layers: int = ModelConfig.with_default("num_hidden_layers", 24)
-    num_attention_heads: int = ModelConfig.with_default("num_attention_heads", 16)
+    num_attention_heads: int = TransformerConfig.with_default("num_attention_heads", 16)
     intermediate_size: int = ModelConfig.with_default("intermediate_size", 4096)
     pad_token_id: int | None = ModelConfig.with_default("pad_token_id", 0)
 
@@ -43,26 +45,11 @@ class MegatronBert(LanguageModel):
         for i in range(config.num_hidden_layers):
             keys |= transformer_keys(config, i, f"{prefix}encoder.layer.{i}", norms=("attention.ln", "ln"))
         keys |= layer_keys("final_norm", f"{prefix}encoder.ln")
-        if "lm" in heads:
-            transform = "cls.predictions.transform"
-            keys |= layer_keys("lm_head.dense", f"{transform}.dense")
-            keys |= layer_keys("lm_head.norm", f"{transform}.LayerNorm")
-            keys["lm_head.decoder.bias"] = ("cls.predictions.bias",)
-            if not config.tie_word_embeddings:
-                keys["lm_head.decoder.weight"] = ("cls.predictions.decoder.weight",)
-        if "nsp" in heads:
-            keys |= layer_keys("sentence_head.pooler", f"{prefix}pooler.dense")
-            keys |= layer_keys("sentence_head.classifier", "cls.seq_relationship")
-        return keys
+        return keys | head_keys(config, heads, prefix)
 
     @classmethod
     def huggingface_aliases(cls, config: ModelConfig, heads: tuple[str, ...]) -> dict[str, str]:
-        if "lm" not in heads:
-            return {}
-        aliases = {"cls.predictions.decoder.bias": "cls.predictions.bias"}
-        if config.tie_word_embeddings:
-            aliases["cls.predictions.decoder.weight"] = "bert.embeddings.word_embeddings.weight"
-        return aliases
+        return head_aliases(config, heads, "bert.")
 
     @classmethod
     def huggingface_class(cls, heads: tuple[str, ...], config: ModelConfig) -> str:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ...kernels.activation import ACTIVATIONS
-from ...kernels.dropout import dropout, dropout_add, stream
+from ...kernels.attention import attention
+from ...kernels.dropout import dropout_add, stream
 from ...parallel.layers import (
     ColumnParallelLinear,
     Embedding,
@@ -31,7 +31,24 @@ ATTENTION_OUTPUT, FEED_FORWARD_OUTPUT, ATTENTION_WEIGHTS = 0, 1, 2
 class TransformerConfig(ModelConfig):
     """What the architectures with ordinary attention add."""
 
-    position_embedding_type: PositionEmbeddingType = "absolute"
+    split_over_tensor = ("num_attention_heads", "intermediate_size")
+
+    num_attention_heads: int = Field(12, gt=0, description="attention heads of a layer; a divisor of hidden_size")
+    attention_probs_dropout_prob: float = Field(0.1, ge=0.0, lt=1.0, description="dropout of the attention weights")
+    position_embedding_type: PositionEmbeddingType = Field(
+        "absolute",
+        description="a table added to the embeddings; or a table of distances in every layer, met by the query, or by "
+        "the query and the key",
+    )
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> TransformerConfig:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} does not divide by num_attention_heads {self.num_attention_heads}: "
+                "set one to fit the other"
+            )
+        return self
 
     @property
     def export_note(self) -> str | None:
@@ -55,66 +72,40 @@ class SelfAttention(nn.Module):
         h, std = config.hidden_size, config.initializer_range
         self.index, self.axis = index, mesh.tensor
         self.heads = config.num_attention_heads // mesh.tensor.size
-        self.total_heads = config.num_attention_heads
         self.head_size = h // config.num_attention_heads
         self.p = config.attention_probs_dropout_prob
         self.kind = config.position_embedding_type
-        self.longest = config.max_position_embeddings
         self.qkv = ColumnParallelLinear(mesh, h, 3 * h, std=std, parts=3)
         self.output = RowParallelLinear(mesh, h, h, std=std)
         self.distances: Embedding | None = None
         if self.kind != "absolute":
-            self.distances = Embedding(2 * self.longest - 1, self.head_size, std=std)
+            self.distances = Embedding(mesh, 2 * config.max_position_embeddings - 1, self.head_size, std=std)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        """x: [s, b, h] → [s, b, h]"""
-        s, b, _ = x.shape
-        qkv = self.qkv(x).view(s, b, 3, self.heads, self.head_size).permute(2, 1, 3, 0, 4)
-        q, k, v = qkv.unbind(0)  # [b, heads, s, d]
-        dropping = context.dropout is not None and self.p > 0
-        if self.distances is None and not dropping:
-            y = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=context.mask, is_causal=context.causal and context.mask is None
-            )
-        else:
-            y = self._explicit(q, k, v, context)
-        return self.output(y.permute(2, 0, 1, 3).reshape(s, b, self.heads * self.head_size))
+        """x: [s, b, h] → [s, b, h], under sequence parallelism [s/tensor, b, h] → the same."""
+        qkv = self.qkv(x)
+        s, b, _ = qkv.shape  # all positions, also under sequence parallelism
+        q, k, v = qkv.view(s, b, 3, self.heads, self.head_size).unbind(2)
+        return self.output(context.run("selective", self._core, q, k, v, context).flatten(2))
 
-    def _explicit(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
-        scores = q @ k.transpose(-1, -2)
-        s = q.shape[2]
+    def _core(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        """q, k, v: [s, b, heads, d] → [s, b, heads, d]"""
+        table: Tensor | None = None
         if self.distances is not None:
-            scores = scores + self._relative_scores(q, k)
-        scores = scores / math.sqrt(self.head_size)
-        mask = context.mask
-        if mask is None and context.causal:
-            mask = torch.ones(s, s, dtype=torch.bool, device=q.device).tril()
-        if mask is not None:
-            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-        weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
-        if context.dropout is not None and self.p > 0:
-            weights = dropout(weights, self.p, self._weight_keys(s, context))
-        return weights @ v
+            # Every tensor rank uses the table for its own heads only, so its gradient is a sum over the group.
+            table = copy_to_tensor_region(self.distances.weight, self.axis)
+        return attention(
+            q, k, v, context.attention, p=self.p, keys=self._weight_keys(context), distances=table,
+            distance_keys=self.kind == "relative_key_query",
+        )  # fmt: skip
 
-    def _relative_scores(self, q: Tensor, k: Tensor) -> Tensor:
-        assert self.distances is not None
-        s = q.shape[2]
-        # Every tensor rank uses the table for its own heads only, so its gradient is a sum over the group.
-        table = copy_to_tensor_region(self.distances.weight, self.axis)
-        index = torch.arange(s, device=q.device)
-        e_lrd = F.embedding(index.unsqueeze(1) - index + self.longest - 1, table)
-        scores = torch.einsum("bhld,lrd->bhlr", q, e_lrd)
-        if self.kind == "relative_key_query":
-            scores = scores + torch.einsum("bhrd,lrd->bhlr", k, e_lrd)
-        return scores
-
-    def _weight_keys(self, s: int, context: Context) -> Tensor:
-        """Keys [b, heads, s] for the weights [b, heads, s, s]: a row of weights is a (head, query position)."""
-        assert context.dropout is not None
+    def _weight_keys(self, context: Context) -> Tensor | None:
+        """Keys [heads, s, b] of the weights' dropout: a row of weights is a head and a query."""
+        if context.dropout is None or self.p == 0:
+            return None
         first = self.axis.rank * self.heads
         heads = torch.arange(first, first + self.heads, device=context.positions.device).view(-1, 1, 1)
-        positions = heads * (1 << 32) + context.positions  # [heads, s, 1]
-        return context.dropout.rows(stream(self.index, ATTENTION_WEIGHTS), positions).permute(2, 0, 1)
+        return context.dropout.rows(stream(self.index, ATTENTION_WEIGHTS), heads * (1 << 32) + context.positions)
 
 
 class FeedForward(nn.Module):
@@ -142,9 +133,9 @@ class PreNormLayer(nn.Module):
     def __init__(self, config: TransformerConfig, mesh: Mesh, index: int) -> None:
         super().__init__()
         self.index, self.p = index, config.hidden_dropout_prob
-        self.attention_norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.attention_norm = LayerNorm(mesh, config.hidden_size, config.layer_norm_eps)
         self.attention = SelfAttention(config, mesh, index)
-        self.feed_forward_norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.feed_forward_norm = LayerNorm(mesh, config.hidden_size, config.layer_norm_eps)
         self.feed_forward = FeedForward(config, mesh)
 
     def forward(self, hidden: Tensor, context: Context) -> Tensor:
@@ -186,3 +177,28 @@ def embedding_keys(prefix: str) -> HuggingFaceKeys:
     """The three tables under Hugging Face's BERT names."""
     tables = {"words": "word", "types": "token_type", "positions": "position"}
     return {f"embeddings.{ours}.weight": (f"{prefix}embeddings.{hf}_embeddings.weight",) for ours, hf in tables.items()}
+
+
+def head_keys(config: ModelConfig, heads: tuple[str, ...], prefix: str) -> HuggingFaceKeys:
+    """The heads under Hugging Face's BERT names; ``prefix``: what stands before the model's own tensors."""
+    keys: HuggingFaceKeys = {}
+    if "lm" in heads:
+        keys |= layer_keys("lm_head.dense", "cls.predictions.transform.dense")
+        keys |= layer_keys("lm_head.norm", "cls.predictions.transform.LayerNorm")
+        keys["lm_head.decoder.bias"] = ("cls.predictions.bias",)
+        if not config.tie_word_embeddings:
+            keys["lm_head.decoder.weight"] = ("cls.predictions.decoder.weight",)
+    if "nsp" in heads:
+        keys |= layer_keys("sentence_head.pooler", f"{prefix}pooler.dense")
+        keys |= layer_keys("sentence_head.classifier", "cls.seq_relationship")
+    return keys
+
+
+def head_aliases(config: ModelConfig, heads: tuple[str, ...], prefix: str) -> dict[str, str]:
+    """The second names of the tensors of ``head_keys``."""
+    if "lm" not in heads:
+        return {}
+    aliases = {"cls.predictions.decoder.bias": "cls.predictions.bias"}
+    if config.tie_word_embeddings:
+        aliases["cls.predictions.decoder.weight"] = f"{prefix}embeddings.word_embeddings.weight"
+    return aliases

@@ -9,6 +9,7 @@ import torch
 
 from farspan.pretrain.batch import Batch
 from farspan.pretrain.data.loader import Loader
+from farspan.pretrain.schedule import BatchSizes
 
 
 class Counting:
@@ -50,14 +51,14 @@ def no_thread_is_left():
 def test_ranks_share_each_global_batch(prefetch, start):
     seen = []
     for rank in range(3):
-        with Loader(Counting(), 12, data_rank=rank, data_size=3, prefetch=prefetch) as loader:
+        with Loader(Counting(), BatchSizes(12), data_rank=rank, data_size=3, prefetch=prefetch) as loader:
             seen.append(torch.stack([batch.sample_ids for batch in loader.steps(start, start + 4)]))
     together = torch.cat(seen, dim=1)
     assert together.flatten().tolist() == list(range(start * 12, (start + 4) * 12))
 
 
 def test_steps_in_any_order():
-    with Loader(Counting(), 2) as loader:
+    with Loader(Counting(), BatchSizes(2)) as loader:
         for step in (5, 6, 2, 3, 3, 9):
             assert loader.batch(step).sample_ids.tolist() == [2 * step, 2 * step + 1]
             assert len(threads()) == 1
@@ -65,7 +66,7 @@ def test_steps_in_any_order():
 
 def test_batches_are_made_ahead_but_not_without_bound():
     objective = Counting()
-    with Loader(objective, 1, prefetch=3) as loader:
+    with Loader(objective, BatchSizes(1), prefetch=3) as loader:
         loader.batch(0)
         wait_until(lambda: len(objective.made) >= 4)
         time.sleep(0.2)
@@ -74,7 +75,7 @@ def test_batches_are_made_ahead_but_not_without_bound():
 
 def test_waiting_is_measured():
     objective = Counting(seconds=0.2)
-    with Loader(objective, 1, prefetch=2) as loader:
+    with Loader(objective, BatchSizes(1), prefetch=2) as loader:
         loader.batch(0)
         assert loader.wait_seconds > 0.19
         wait_until(lambda: len(objective.made) >= 3)
@@ -85,7 +86,7 @@ def test_waiting_is_measured():
 
 @pytest.mark.parametrize("prefetch", [0, 2])
 def test_errors_reach_the_consumer(prefetch):
-    loader = Loader(Counting(fail_at=2), 1, prefetch=prefetch)
+    loader = Loader(Counting(fail_at=2), BatchSizes(1), prefetch=prefetch)
     assert [loader.batch(step).sample_ids.item() for step in range(2)] == [0, 1]
     for _ in range(2):
         with pytest.raises(RuntimeError, match="the disk is gone"):
@@ -96,6 +97,18 @@ def test_errors_reach_the_consumer(prefetch):
 
 def test_errors_are_one_clear_line():
     with pytest.raises(ValueError, match="10 rows does not split over 4 data ranks: set it to a multiple of 4"):
-        Loader(Counting(), 10, data_size=4)
+        Loader(Counting(), BatchSizes(10), data_size=4)
     with pytest.raises(ValueError, match="outside"):
-        Loader(Counting(), 8, data_rank=4, data_size=4)
+        Loader(Counting(), BatchSizes(8), data_rank=4, data_size=4)
+
+
+def test_a_ramp_gives_each_sample_once():
+    sizes = BatchSizes(12, start=4, increment=4, samples=20)
+    seen: list[int] = []
+    for step in range(8):
+        parts = []
+        for rank in range(2):
+            with Loader(Counting(), sizes, data_rank=rank, data_size=2, prefetch=2 * rank) as loader:
+                parts.append(loader.batch(step).sample_ids)
+        seen += torch.cat(parts).tolist()
+    assert seen == list(range(len(seen)))

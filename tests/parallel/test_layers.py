@@ -179,7 +179,7 @@ def test_copy_sums_the_gradients_of_all_ranks(ranks):
 
 
 def test_embedding_held_whole():
-    module = Embedding(9, H, std=1.0, padding_index=2)
+    module = Embedding(Mesh.solo(), 9, H, std=1.0, padding_index=2)
     fill(module, Mesh.solo().tensor)
     ids = torch.tensor([[1, 2], [2, 8]])
     assert torch.equal(module(ids), module.weight[ids])

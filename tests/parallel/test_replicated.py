@@ -20,7 +20,7 @@ ADAMW = {"betas": (0.9, 0.95), "eps": 1e-6, "fused": True}
 
 
 def make_module():
-    module = nn.Sequential(Linear(6, 10, std=1.0), LayerNorm(10, 1e-5), Linear(10, 4, std=1.0))
+    module = nn.Sequential(Linear(6, 10, std=1.0), LayerNorm(None, 10, 1e-5), Linear(10, 4, std=1.0))
     fill(module, Mesh.solo().tensor, std=0.5)
     return module
 
@@ -60,7 +60,7 @@ def train_ours(mesh, dtype=torch.float32, *, clip=CLIP, microbatches=2, interrup
             optimizer.before_microbatch(last=part == microbatches - 1)
             inputs = x.chunk(microbatches)[part].to(dtype)
             loss_share(optimizer, inputs, y.chunk(microbatches)[part], 8).backward()
-        norms.append(optimizer.step(RATES[step]))
+        norms.append(optimizer.step(RATES[step], 1.0))
     return norms, {name: p.detach() for name, p in module.named_parameters()}, optimizer.state()
 
 
@@ -109,7 +109,7 @@ def test_state_goes_on_where_it_was(dtype):
     assert_identical(whole[1], parts[1])
     assert_identical(whole[2], parts[2])
     assert any(key.endswith(".master") for key in whole[2]) == (dtype is torch.bfloat16)
-    module = nn.Sequential(Linear(6, 9, std=1.0), LayerNorm(9, 1e-5), Linear(9, 4, std=1.0))
+    module = nn.Sequential(Linear(6, 9, std=1.0), LayerNorm(None, 9, 1e-5), Linear(9, 4, std=1.0))
     optimizer = ReplicatedOptimizer(module, Mesh.solo(), make_adamw, clip=0.0)
     with pytest.raises(ValueError, match=r"has shape \(10, 6\) where \(9, 6\) is needed"):
         optimizer.load_state(whole[2])
@@ -117,7 +117,7 @@ def test_state_goes_on_where_it_was(dtype):
 
 def test_bfloat16_loses_no_small_update():
     """Two hundred updates, each far below half a unit in the last place of the weights (1 / 256 at 1)."""
-    module = LayerNorm(8, 1e-5)
+    module = LayerNorm(None, 8, 1e-5)
     fill(module, Mesh.solo().tensor, std=0.0)
     module.bfloat16()
     sgd = lambda groups: torch.optim.SGD([{"params": g["params"]} for g in groups], lr=1.0)  # noqa: E731
@@ -125,14 +125,14 @@ def test_bfloat16_loses_no_small_update():
     for _ in range(200):
         optimizer.begin_step()
         (module.weight.float().sum() * 1.0).backward()
-        assert abs(optimizer.step(1e-4) - 8**0.5) < 1e-6
+        assert abs(optimizer.step(1e-4, 1.0) - 8**0.5) < 1e-6
     assert_close(optimizer.state()["0.master"], torch.full((8,), 0.98), "masters")
     assert torch.equal(module.weight.detach(), torch.full((8,), 0.98).bfloat16())
 
 
 def test_bfloat16_accumulates_gradients_in_float32():
     """A gradient of 1 and two hundred of 1 / 512, each of which 1 swallows in bfloat16."""
-    module = LayerNorm(8, 1e-5).bfloat16()
+    module = LayerNorm(None, 8, 1e-5).bfloat16()
     fill(module, Mesh.solo().tensor)
     optimizer = ReplicatedOptimizer(module, Mesh.solo(), make_adamw, clip=0.0)
     optimizer.begin_step()
@@ -141,7 +141,7 @@ def test_bfloat16_accumulates_gradients_in_float32():
     expected = torch.full((8,), 1 + 200 / 512)
     gradient = optimizer.gradient(module.weight)
     assert gradient.dtype == torch.float32 and torch.equal(gradient, expected)
-    assert abs(optimizer.step(0.0) - expected.norm().item()) < 1e-6
+    assert abs(optimizer.step(0.0, 1.0) - expected.norm().item()) < 1e-6
 
 
 def test_groups_follow_the_parameters_descriptions():

@@ -29,6 +29,7 @@ from farspan.kernels.dropout import DropoutKey
 from farspan.parallel.mesh import Mesh
 from farspan.parallel.sharding import initialize, logical_of
 from farspan.pretrain import checkpoint as ckpt
+from farspan.pretrain.batch import AttentionKind
 from farspan.pretrain.huggingface import from_huggingface, model_of, to_huggingface
 from farspan.pretrain.models.base import LanguageModel, Stage
 from farspan.pretrain.models.config import ModelConfig
@@ -103,6 +104,7 @@ def one_thread() -> Iterator[None]:
 class ArchitectureSuite:
     model_type: ClassVar[str]
     variants: ClassVar[dict[str, dict[str, Any]]]
+    compared_rows: ClassVar[AttentionKind] = "padding"  # rows that transformers computes as Farspan does
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         if "golden" in metafunc.fixturenames:
@@ -166,7 +168,7 @@ class ArchitectureSuite:
         ours = described.filled(mesh).eval()
         saved = save_weights(ours, mesh, tmp_path, ckpt.Manifest(1, described.config.model_dump(), described.heads, {}))
         to_huggingface(saved, tmp_path / "hf")
-        batch = make_batch(described.config, "padding")
+        batch = make_batch(described.config, self.compared_rows)
         mask = (batch.document_ids > 0).long()
         inputs = {"input_ids": batch.input_ids, "attention_mask": mask, "token_type_ids": batch.token_type_ids}
         name = ours.huggingface_class(described.heads, described.config)
@@ -290,7 +292,7 @@ class ArchitectureSuite:
         key = dropout_key(batch)
         whole = training_pass(described.filled(mesh), batch, key)
         stages = [described.filled(mesh, Stage.of(config, rank, 2)) for rank in range(2)]
-        assert [len(stage.layers) for stage in stages] == [1, 2]
+        assert [[len(chunk) for chunk in model.stage.chunks] for model in stages] == [[1], [2]]
         hidden = stages[0](batch, dropout=key)
         outputs = stages[1](batch, hidden, dropout=key, count_correct=True)
         loss = loss_of(stages[1], outputs, batch)

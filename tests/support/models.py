@@ -39,7 +39,8 @@ class Description:
 
     @property
     def config(self) -> ModelConfig:
-        return architecture(self.model_type).config_class(**{**TINY, **self.fields})
+        kind = architecture(self.model_type).config_class
+        return kind(**{name: value for name, value in TINY.items() if name in kind.model_fields} | self.fields)
 
     @property
     def heads(self) -> tuple[str, ...]:

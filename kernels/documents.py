@@ -1,0 +1,238 @@
+"""Documents of unequal length in the rows of a microbatch: which tokens see one another, and in which form.
+
+Shapes: b rows of s positions, h heads of d features.  Tokens are numbered position · b + row, as [s, b, ...] lies in
+memory.  A group is n documents padded to the longest of them, l; a slot is the place of a token in a group.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Kind = Literal["full", "padding", "document"]
+Form = Literal["dense", "grouped", "varlen"]
+
+# The rule between dense and grouped, fitted to benchmarks/attention_cpu.md, in what it costs one query to meet one key.
+# A query costs QUERY beside the keys it meets (reading, normalising, writing), and GATHER more where it is gathered.
+QUERY, GATHER = 80, 60
+# A document joins a group whose longest has up to this many times its length.
+STRETCH = 1.15
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Documents:
+    """Which tokens of a microbatch see one another: made once per microbatch, used by every layer."""
+
+    document_ids: Tensor  # [b, s]
+    kind: Kind
+    causal: bool
+    stretches: Stretches | None  # None: every token sees every token of its row
+    wanted: Form | None
+
+    @staticmethod
+    def of(document_ids: Tensor, indices: Tensor, kind: Kind, *, causal: bool, form: Form | None = None) -> Documents:
+        """
+        document_ids: [b, s] int64; 0 is padding, other numbers are the documents of a row, each in one stretch of it.
+        indices: [b, s] int64, every token's index in its own row of the run; consecutive in a document.  They restart
+        where several rows of the run were joined to one.
+        kind: "full": every token sees every token of its row (the ids are not read, indices are 0 to s - 1);
+        "padding": real tokens of a row see one another; "document": those of one document do.
+        causal: a query sees its own and earlier tokens only.  form: overrides the choice of ``Documents.form``.
+
+        Both tensors are copied to the host, where the lengths are needed, except for "full".
+        ValueError: a document in pieces in a row whose indices restart.
+        """
+        stretches = None if kind == "full" else Stretches.of(document_ids, indices, whole_rows=kind == "padding")
+        return Documents(document_ids, kind, causal, stretches, form)
+
+    def form(self, x: Tensor, *, explicit: bool) -> Form:
+        """How attention is computed for queries like x [..., d]; ``explicit``: with dropout or relative positions.
+
+        "dense": rows as they are, under a mask where one is needed; "grouped": documents of similar length together;
+        "varlen": torch's kernel for variable lengths.
+        """
+        if self.wanted is not None:
+            return self.wanted
+        if self.stretches is None or self.stretches.fill_rows or not self.stretches.compact:
+            return "dense"
+        if not explicit and has_varlen_kernel(x):
+            return "varlen"
+        dense, grouped = self.costs()
+        return "grouped" if grouped < dense or self.stretches.restart else "dense"
+
+    def costs(self) -> tuple[float, float]:
+        """Of the dense and the grouped form, in pairs of a query and a key."""
+        assert self.stretches is not None
+        b, s = self.document_ids.shape
+        padded = self.stretches.padded.double()
+        return b * s * (QUERY + s), (padded * (QUERY + GATHER + padded)).sum().item()
+
+    @functools.cached_property
+    def dense(self) -> Group:
+        """All rows as they are."""
+        b, s = self.document_ids.shape
+        if self.stretches is None or self.stretches.fill_rows:
+            return Group(b, s, None, None)
+        ids = self.document_ids
+        if self.kind == "document":
+            mask = (ids.unsqueeze(2) == ids.unsqueeze(1)).unsqueeze(1)
+        else:
+            real = ids > 0
+            mask = (real | ~real.any(1, keepdim=True))[:, None, None, :]  # a row without tokens must not divide by 0
+        if self.causal:
+            # A padded query before the first token sees itself, so that no row of the softmax is empty.
+            index = torch.arange(s, device=ids.device)
+            mask = (mask & (index.unsqueeze(1) > index)) | (index.unsqueeze(1) == index)
+        return Group(b, s, mask, None)
+
+    @functools.cached_property
+    def grouped(self) -> tuple[Slots, list[Group]]:
+        """Documents of similar length together, the longest first."""
+        assert self.stretches is not None
+        device = self.document_ids.device
+        order = self.stretches.lengths.argsort(descending=True, stable=True)
+        lengths, padded = self.stretches.lengths[order], self.stretches.padded[order]
+        slots, real = self._slots(self.stretches.starts[order], lengths, padded)
+        first = self.stretches.first[order].to(device) if self.stretches.first.any() else None
+        groups, slot, document = [], 0, 0
+        for l, n in zip(*(x.tolist() for x in padded.unique_consecutive(return_counts=True)), strict=True):
+            of_group = slice(document, document + n)
+            # Empty slots come last in a stretch: a causal query meets none.
+            seen = None if self.causal or bool((lengths[of_group] == l).all()) else real[slot : slot + n * l]
+            mask = None if seen is None else seen.view(n, 1, 1, l)
+            groups.append(Group(n, l, mask, None if first is None else first[of_group]))
+            slot, document = slot + n * l, document + n
+        return slots, groups
+
+    @functools.cached_property
+    def packed(self) -> tuple[Slots, Tensor, int]:
+        """Documents one after another without gaps: slots, bounds ([documents + 1] int32), the longest length."""
+        assert self.stretches is not None
+        lengths = self.stretches.lengths
+        slots, _ = self._slots(self.stretches.starts, lengths, lengths)
+        bounds = F.pad(lengths.cumsum(0), (1, 0)).to(self.document_ids.device, torch.int32)
+        return slots, bounds, int(lengths.max())
+
+    def _slots(self, starts: Tensor, lengths: Tensor, padded: Tensor) -> tuple[Slots, Tensor]:
+        """Slots for documents in this order, and which of the slots have a token: [slots] bool."""
+        b, s = self.document_ids.shape
+        document = torch.arange(len(lengths)).repeat_interleave(padded)
+        offset = torch.arange(len(document)) - (padded.cumsum(0) - padded)[document]
+        real = offset < lengths[document]
+        place = starts[document] + offset.where(real, 0)
+        tokens = place % s * b + place // s
+        slots = torch.full((s * b,), -1)
+        slots[tokens[real]] = real.nonzero().squeeze(1)
+        empty, padding = (~real).nonzero().squeeze(1), (slots < 0).nonzero().squeeze(1)
+        device = self.document_ids.device
+        tokens, empty, slots, padding, real = (x.to(device) for x in (tokens, empty, slots.clamp(0), padding, real))
+        return Slots(tokens, empty, slots, padding), real
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stretches:
+    """The documents of a microbatch in order of its rows, on the host."""
+
+    starts: Tensor  # [documents] row · s + position of the first token
+    lengths: Tensor  # [documents]
+    first: Tensor  # [documents] index of the first token
+    compact: bool  # there is one, and every one lies in one stretch with consecutive indices
+    restart: bool  # somewhere in a row the indices are not consecutive
+    fill_rows: bool  # every row is one document
+
+    @staticmethod
+    def of(document_ids: Tensor, indices: Tensor, *, whole_rows: bool) -> Stretches:
+        ids, index = torch.stack((document_ids, indices)).cpu()
+        b, s = ids.shape
+        if whole_rows:
+            ids = (ids > 0).long()
+        same, step = ids[:, 1:] == ids[:, :-1], index.diff(dim=1) == 1
+        starts = F.pad(~same, (1, 0), value=True).flatten().nonzero().squeeze(1)
+        lengths = starts.diff(append=starts.new_tensor([b * s]))
+        number = ids.flatten()[starts]
+        names = (starts // s * (ids.max() + 1) + number)[number > 0]
+        starts, lengths = starts[number > 0], lengths[number > 0]
+        pieces = names.unique().numel() < names.numel() or not bool((step | ~same | (ids[:, 1:] == 0)).all())
+        restart = not bool(step.all())
+        if pieces and restart:
+            raise ValueError(
+                "a document lies in pieces in a row whose indices restart: give every document of a row a number of "
+                "its own and consecutive indices"
+            )
+        return Stretches(
+            starts, lengths, index.flatten()[starts],
+            compact=len(starts) > 0 and not pieces, restart=restart,
+            fill_rows=len(starts) == b and bool((lengths == s).all()),
+        )  # fmt: skip
+
+    @functools.cached_property
+    def padded(self) -> Tensor:
+        """[documents] the longest length in each one's group: lengths from one such value down share it until they fall
+        below it by STRETCH."""
+        values, which = self.lengths.unique(return_inverse=True)
+        padded, longest = values.tolist(), 0.0
+        for i in reversed(range(len(padded))):
+            if padded[i] * STRETCH < longest or not longest:
+                longest = padded[i]
+            padded[i] = longest
+        return torch.tensor(padded)[which]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Group:
+    """n stretches of l tokens, each attending within itself.
+
+    ``mask``: bool, broadcasts with [n, h, l, l], True where a query sees a key; None: everywhere, or where attention is
+    causal everywhere before.  ``first``: [n], the index of each stretch's first token; None: 0.
+    """
+
+    n: int
+    l: int
+    mask: Tensor | None
+    first: Tensor | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Slots:
+    """Where tokens go and come back from: a partial permutation and its adjoint."""
+
+    tokens: Tensor  # [slots] the token in each slot, any in an empty one
+    empty: Tensor  # the slots without a token
+    slots: Tensor  # [s · b] the slot of each token, any for padding
+    padding: Tensor  # the tokens without a slot
+
+    def gather(self, x: Tensor) -> Tensor:
+        """[s · b, ...] → [slots, ...], zero in empty ones."""
+        return _Rearrange.apply(x, self.tokens, self.empty, self.slots, self.padding)  # type: ignore[no-any-return]
+
+    def scatter(self, y: Tensor) -> Tensor:
+        """[slots, ...] → [s · b, ...], zero for padding."""
+        return _Rearrange.apply(y, self.slots, self.padding, self.tokens, self.empty)  # type: ignore[no-any-return]
+
+
+class _Rearrange(torch.autograd.Function):
+    """x[source], zero at ``nothing``.  The gradient is a gather too: nothing is added up, in any order."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, source: Tensor, nothing: Tensor, back: Tensor, back_nothing: Tensor) -> Tensor:
+        ctx.save_for_backward(source, nothing, back, back_nothing)
+        y = x.index_select(0, source)
+        return y.index_fill_(0, nothing, 0) if len(nothing) else y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        source, nothing, back, back_nothing = ctx.saved_tensors
+        return _Rearrange.apply(gradient, back, back_nothing, source, nothing), None, None, None, None
+
+
+def has_varlen_kernel(x: Tensor) -> bool:
+    """Whether torch has a variable-length kernel for queries like x [..., d]: flash attention (arXiv 2307.08691), which
+    takes 16 bit numbers, d a multiple of 8 up to 256, and NVIDIA GPUs from compute capability 8.0 on."""
+    if not x.is_cuda or x.dtype not in (torch.float16, torch.bfloat16) or x.shape[-1] % 8 or x.shape[-1] > 256:
+        return False
+    return torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability(x.device) >= (8, 0)

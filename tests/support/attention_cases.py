@@ -1,0 +1,141 @@
+"""Rows of documents, and attention over them one query at a time: what every form is compared with."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from typing import Any
+
+import torch
+from comparison import difference
+from torch import Tensor
+
+from farspan.kernels.documents import Documents, Form
+from farspan.kernels.dropout import DropoutKey, keep_mask, stream
+
+EXACT = 1e-12
+HEADS, LONGEST, P = 3, 32, 0.3
+# Rows as lists of (document, tokens); 0 is padding.
+ROWS: dict[str, list[list[tuple[int, int]]]] = {
+    "uneven documents": [[(1, 5), (2, 1), (3, 6)], [(1, 12)], [(1, 1), (2, 1), (3, 10)], [(4, 7), (9, 5)]],
+    "padding at the end": [[(1, 5), (2, 3), (0, 4)], [(1, 12)], [(1, 1), (0, 11)]],
+    "padding at the start and between": [[(0, 2), (1, 5), (0, 3), (2, 2)], [(0, 7), (1, 5)], [(0, 1), (3, 11)]],
+    "a row of padding": [[(0, 12)], [(1, 3), (2, 8), (0, 1)]],
+    "single tokens": [[(i, 1) for i in range(1, 8)], [(1, 7)]],
+    "full rows": [[(1, 9)], [(1, 9)]],
+    "one token": [[(1, 1)]],
+    "many rows": [[(1, 1 + i % 5), (2, 2 + i % 3), (0, 8 - i % 5 - i % 3)] for i in range(17)],
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Rows of documents with everything that attention reads."""
+
+    document_ids: Tensor  # [b, s]
+    indices: Tensor  # [b, s]
+    q: Tensor  # [s, b, h, d], as the other two
+    k: Tensor
+    v: Tensor
+    upstream: Tensor  # gradient of the result, zero for padding
+    keys: Tensor  # [h, s, b]
+    table: Tensor
+
+    def options(self, dropping: bool, distances: int) -> dict[str, Any]:
+        """``distances``: 0 none, 1 met by the query, 2 by the key too."""
+        options: dict[str, Any] = {"p": P, "keys": self.keys} if dropping else {}
+        return options | ({"distances": self.table, "distance_keys": distances == 2} if distances else {})
+
+    def documents(self, kind: Any, causal: bool, form: Form | None) -> Documents:
+        return Documents.of(self.document_ids, self.indices, kind, causal=causal, form=form)
+
+    def to(self, **where: Any) -> Case:
+        """On another device, or the same numbers in another type."""
+        values = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value.is_floating_point():
+                value = value.detach().to(**where).requires_grad_(value.requires_grad)
+            elif "device" in where:
+                value = value.to(where["device"])
+            values[field.name] = value
+        return Case(**values)
+
+
+def make_case(rows: list[list[tuple[int, int]]], *, size: int = 4, seed: int = 0) -> Case:
+    """float64; ``size``: features of a head."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.tensor([[document for document, n in row for _ in range(n)] for row in rows])
+    b, s = ids.shape
+    qkv = torch.randn(s, b, 3, HEADS, size, dtype=torch.float64, generator=generator)
+    upstream = torch.randn(s, b, HEADS, size, dtype=torch.float64, generator=generator)
+    index = torch.arange(s).unsqueeze(1)
+    positions = torch.arange(HEADS).view(-1, 1, 1) * (1 << 32) + index
+    keys = DropoutKey(5, 2, torch.arange(40, 40 + b)).rows(stream(1, 2), positions)
+    table = torch.randn(2 * LONGEST - 1, size, dtype=torch.float64, generator=generator)
+    q, k, v = (x.requires_grad_() for x in qkv.unbind(2))  # views of one product
+    real = (ids > 0).t()[..., None, None]
+    return Case(ids, index.t().expand(b, s), q, k, v, upstream * real, keys, table.requires_grad_())
+
+
+def flattened(case: Case) -> tuple[Case, Tensor]:
+    """The same documents in one row, padding left out; and the token of each, as position · b + row."""
+    b = len(case.document_ids)
+    row, position = (case.document_ids > 0).nonzero().unbind(1)
+    tokens = position * b + row
+    one_row = lambda x: x.flatten(0, 1)[tokens].unsqueeze(1)  # noqa: E731
+    numbers = (case.document_ids + 100 * torch.arange(b).unsqueeze(1))[row, position]
+    q, k, v = (one_row(x.detach()).requires_grad_() for x in (case.q, case.k, case.v))
+    keys = case.keys.flatten(1)[:, tokens].unsqueeze(2)
+    index = case.indices[row, position].unsqueeze(0)
+    one = Case(numbers.unsqueeze(0), index, q, k, v, one_row(case.upstream), keys, case.table)
+    return one, tokens
+
+
+def by_hand(case: Case, causal: bool, dropping: bool, distances: int, *, whole_rows: bool = False) -> Tensor:
+    """Every query of every document by itself; zeros for padding."""
+    b, s = case.document_ids.shape
+    result = torch.zeros_like(case.q)
+    keep = keep_mask(case.keys, int(case.indices.max()) + 1, P).double() / (1 - round(P * 65536) / 65536)
+    for row, i in itertools.product(range(b), range(s)):
+        ids = case.document_ids[row]
+        if whole_rows:
+            ids = ids > 0
+        if not ids[i]:
+            continue
+        seen = [j for j in range(s) if ids[j] == ids[i] and (j <= i or not causal)]
+        index = case.indices[row, seen]
+        for head in range(HEADS):
+            q, k, v = case.q[i, row, head], case.k[seen, row, head], case.v[seen, row, head]
+            scores = k @ q
+            if distances:
+                e = case.table[case.indices[row, i] - index + LONGEST - 1]
+                scores = scores + e @ q + ((e * k).sum(1) if distances == 2 else 0)
+            weights = (scores / math.sqrt(case.q.shape[-1])).softmax(0)
+            if dropping:
+                weights = weights * keep[head, i, row, index]
+            result[i, row, head] = weights @ v
+    return result
+
+
+def outputs_and_gradients(case: Case, y: Tensor) -> dict[str, Tensor]:
+    real = (case.document_ids > 0).t()
+    inputs = {"q": case.q, "k": case.k, "v": case.v, "distances": case.table}
+    gradients = torch.autograd.grad(y, list(inputs.values()), case.upstream, allow_unused=True)
+    found = {name: g for name, g in zip(inputs, gradients, strict=True) if g is not None}
+    return {"output": y.detach()[real], **found}
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], allowed: float = EXACT) -> None:
+    assert set(found) == set(expected)
+    for name, value in expected.items():
+        # Where the truth is zero (a document of one token has weight 1, whatever its q), rounding is all there is.
+        off = difference(found[name], value, scale=max(1.0, value.abs().max().item()))
+        assert off < allowed, f"{name}: {off:.1e}"
+
+
+VARIANTS = [
+    (causal, dropping, distances) for causal in (False, True) for dropping in (False, True) for distances in (0, 2)
+]
+VARIANTS += [(False, False, 1), (True, True, 1)]
