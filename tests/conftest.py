@@ -7,14 +7,23 @@ import pytest
 
 pytest.register_assert_rewrite("architecture_suite", "comparison", "models", "runs")
 
+from forking import ForkServer  # noqa: E402
 from ranks import Ranks  # noqa: E402
 from runs import prepare_text  # noqa: E402
 
 
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[Ranks]:
-    """Processes to run collective code on, started once for all tests (importing the stack takes seconds)."""
-    pool = Ranks()
+def fork_server() -> Iterator[ForkServer]:
+    """What ranks are forked from: importing the stack takes seconds."""
+    server = ForkServer()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def ranks(fork_server: ForkServer) -> Iterator[Ranks]:
+    """Processes to run collective code on, the same for all tests."""
+    pool = Ranks(fork_server)
     yield pool
     pool.stop()
 

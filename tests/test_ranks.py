@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import ranks as helper
+from forking import ForkServer
 from ranks import RankError, Ranks
 
 
 @pytest.fixture
-def own():
-    pool = Ranks()
+def own(fork_server):
+    pool = Ranks(fork_server)
     yield pool
     pool.stop()
 
@@ -39,6 +40,7 @@ def fail_on(number):
 
 
 def die_on(number):
+    print(f"the last words of {os.environ['RANK']}")
     if int(os.environ["RANK"]) == number:
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(60)
@@ -47,6 +49,12 @@ def die_on(number):
 def hang(number):
     if int(os.environ["RANK"]) == number:
         time.sleep(60)
+
+
+def state():
+    tasks = Path("/proc/self/task")
+    threads = [task.name for task in tasks.iterdir()] if tasks.exists() else [None] * 2
+    return "deepspeed" in sys.modules, len(threads), os.getpgrp() == os.getpid(), os.environ["OMP_NUM_THREADS"]
 
 
 def gone(pids):
@@ -67,11 +75,37 @@ def test_meshes_one_after_the_other_in_the_same_processes(ranks):
     assert ranks.pids == pids
 
 
+def test_fresh_ranks_have_all_imports_and_nothing_else(own):
+    """The second thread waits for calls."""
+    assert own.run(state, count=2) == [(True, 2, True, "1")] * 2
+
+
+def test_begun_and_stopped(own):
+    own.begin(place, count=2)
+    own.finish()
+    pids = own.pids
+    own.begin(hang, 0, count=2)
+    end = time.monotonic() + 10
+    while not own.answered():  # rank 1 has nothing to wait for
+        assert time.monotonic() < end
+    assert own.stop() == [-signal.SIGKILL] * 2
+    assert gone(pids)
+    own.begin(hang, 0, count=1)
+    assert not own.answered()
+
+
+def test_fork_server_that_cannot_start_says_why():
+    server = ForkServer(preload=("farspan.nothing",))
+    with pytest.raises(RuntimeError, match=r"No module named.*nothing"):
+        Ranks(server).run(place, count=1)
+    server.stop()
+
+
 @pytest.mark.parametrize(
     ("function", "said"),
     [
         (fail_on, "rank 1:.*a reason of its own"),
-        (die_on, "rank 1 ended with code -9"),
+        (die_on, "rank 1 ended with code -9:\nthe last words of 1\n$"),
         (hang, r"ranks \[1\](?s:.*)in hang"),
     ],
 )
@@ -88,8 +122,8 @@ def test_ranks_end_with_the_process_that_started_them():
     code = """
 import os, signal, sys, threading, time
 sys.path[:0] = sys.argv[1:]
-import ranks, test_ranks
-pool = ranks.Ranks()
+import forking, ranks, test_ranks
+pool = ranks.Ranks(forking.ForkServer(preload=()))
 pool.run(test_ranks.place, count=2)
 print(*pool.pids, flush=True)
 threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGKILL)).start()

@@ -6,8 +6,9 @@
     def test_halves(ranks):
         left, right = ranks.on_mesh(halves, torch.arange(4), tensor=2)
 
-A rank that fails, dies or hangs ends them all; the next call starts new ones.  A rank ends by itself when the process
-that started it is gone, however that went.
+A rank that fails, dies or hangs ends them all; the next call starts new ones, which takes milliseconds: they are forked
+from a process that has imported what they need.  A rank ends by itself when the process that asked for it is gone,
+however that went.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ import os
 import pickle
 import queue
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -30,8 +30,9 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, Pipe, wait
-from pathlib import Path
 from typing import IO, Any
+
+from forking import ForkServer
 
 from farspan.launch.environment import RankEnvironment, apply
 from farspan.launch.local import free_port
@@ -84,38 +85,38 @@ class _Call:
 
 @dataclasses.dataclass
 class _Process:
-    process: subprocess.Popen[bytes]
+    pid: int
+    server: ForkServer
     connection: Connection
     log: IO[bytes]
+    code: int | None = None  # how it ended
 
     @staticmethod
-    def start() -> _Process:
+    def start(server: ForkServer) -> _Process:
         here, there = Pipe()
-        log = tempfile.TemporaryFile()  # noqa: SIM115 (closed by stop)
-        path = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-c", f"import ranks; ranks.serve({there.fileno()})"],
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-            pass_fds=[there.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            process_group=0,
-        )
-        there.close()
-        return _Process(process, here, log)
+        log = tempfile.TemporaryFile()  # noqa: SIM115 (closed by end)
+        with there:
+            return _Process(server.fork(there.fileno(), log.fileno()), server, here, log)
 
-    def stop(self) -> None:
+    def signal(self, number: int) -> None:
+        """To the rank and whatever it started."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+            os.killpg(self.pid, number)
+
+    def wait(self) -> int:
+        """Wait for its end; how it ended, as Popen.wait says it."""
+        if self.code is None:
+            self.code = self.server.wait(self.pid)
+        return self.code
+
+    def close(self) -> None:
         self.connection.close()
         self.log.close()
 
     def last_words(self) -> str:
         """The end of what it printed; where it stands, if it still runs."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGUSR1)
+        if self.code is None:
+            os.kill(self.pid, signal.SIGUSR1)
             time.sleep(0.5)
         size = self.log.seek(0, os.SEEK_END)
         self.log.seek(max(0, size - 6000))
@@ -125,13 +126,17 @@ class _Process:
 class Ranks:
     """The processes, as many as were asked for so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, server: ForkServer) -> None:
+        self._server = server
         self._ranks: list[_Process] = []
+        self._running = 0  # the first so many have been called and not been heard yet
+        self._what = ""
 
     def run(self, function: Callable[..., Any], *args: Any, count: int, seconds: float = SECONDS, **kwargs: Any) -> Any:
         """``function(*args, **kwargs)`` on ``count`` ranks at once, in the environment that a launcher would give them;
         the list of what they return.  RankError where one fails or ``seconds`` pass."""
-        return self._call(function, args, kwargs, count, seconds, None)
+        self.begin(function, *args, count=count, **kwargs)
+        return self.finish(seconds)
 
     def on_mesh(
         self,
@@ -144,34 +149,51 @@ class Ranks:
         **kwargs: Any,
     ) -> Any:
         """``function(mesh, *args, **kwargs)`` on every rank of a mesh of these sizes; the list of what they return."""
-        return self._call(function, args, kwargs, tensor * pipeline * data, seconds, (tensor, pipeline))
+        self._begin(function, args, kwargs, tensor * pipeline * data, (tensor, pipeline))
+        return self.finish(seconds)
 
-    def stop(self) -> None:
-        """No process is left after this."""
+    def begin(self, function: Callable[..., Any], *args: Any, count: int, **kwargs: Any) -> None:
+        """The first half of ``run``, which does not wait; ``finish`` or ``stop`` follows."""
+        self._begin(function, args, kwargs, count, None)
+
+    def answered(self) -> bool:
+        """Whether one of the ranks that were called has returned, failed or died."""
+        return bool(wait([rank.connection for rank in self._ranks[: self._running]], 0.0))
+
+    def finish(self, seconds: float = SECONDS) -> list[Any]:
+        """The second half of ``run``."""
+        try:
+            return self._results(self._running, time.monotonic() + seconds, f"{self._what}, {seconds:.0f} s")
+        except BaseException:
+            self.stop()
+            raise
+        finally:
+            self._running = 0
+
+    def stop(self) -> list[int]:
+        """SIGKILL to all ranks at once, whatever they do; no process is left after this.  How each of them ended."""
         for rank in self._ranks:
-            rank.stop()
-        self._ranks = []
+            rank.signal(signal.SIGKILL)
+        codes = [rank.wait() for rank in self._ranks]
+        for rank in self._ranks:
+            rank.close()
+        self._ranks, self._running = [], 0
+        return codes
 
     @property
     def pids(self) -> list[int]:
-        return [rank.process.pid for rank in self._ranks]
+        return [rank.pid for rank in self._ranks]
 
-    def _call(
-        self, function: Callable[..., Any], args: Any, kwargs: Any, count: int, seconds: float, mesh: Any
-    ) -> list[Any]:
+    def _begin(self, function: Callable[..., Any], args: Any, kwargs: Any, count: int, mesh: Any) -> None:
         while len(self._ranks) < count:
-            self._ranks.append(_Process.start())
+            self._ranks.append(_Process.start(self._server))
+        self._running, self._what = count, function.__qualname__
         port = free_port()
         for number, rank in enumerate(self._ranks[:count]):
             environment = RankEnvironment(number, number, count, count, "127.0.0.1", port)
             where = function.__module__, inspect.getfile(function), function.__qualname__
             call = _Call(*where, pickle.dumps((args, kwargs)), environment, mesh)
             rank.connection.send_bytes(pickle.dumps(call))
-        try:
-            return self._results(count, time.monotonic() + seconds, f"{function.__qualname__}, {seconds:.0f} s")
-        except BaseException:
-            self.stop()
-            raise
 
     def _results(self, count: int, deadline: float, what: str) -> list[Any]:
         results: dict[int, Any] = {}
@@ -202,8 +224,7 @@ class Ranks:
         try:
             when, succeeded, value = pickle.loads(rank.connection.recv_bytes())
         except (EOFError, ConnectionError):
-            code = rank.process.wait()
-            return None, (0.0, f"rank {number} ended with code {code}:\n{rank.last_words()}")
+            return None, (0.0, f"rank {number} ended with code {rank.wait()}:\n{rank.last_words()}")
         return (value, None) if succeeded else (None, (when, f"rank {number}:\n{value}"))
 
 
