@@ -19,9 +19,10 @@ Form = Literal["dense", "grouped", "varlen"]
 
 # The rule between dense and grouped, fitted to benchmarks/attention_cpu.md, in what it costs one query to meet one key.
 # A query costs QUERY beside the keys it meets (reading, normalising, writing), and GATHER more where it is gathered.
-QUERY, GATHER = 80, 60
-# A document joins a group whose longest has up to this many times its length.
-STRETCH = 1.15
+QUERY, GATHER = 80, 50
+# A document joins a group whose longest has up to this many times its length.  A CPU is fastest without any padding
+# (measured); a GPU would launch too many kernels (not measured).
+PADDING = {"cpu": 1.0, "cuda": 1.25}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -69,8 +70,22 @@ class Documents:
         """Of the dense and the grouped form, in pairs of a query and a key."""
         assert self.stretches is not None
         b, s = self.document_ids.shape
-        padded = self.stretches.padded.double()
+        padded = self.padded.double()
         return b * s * (QUERY + s), (padded * (QUERY + GATHER + padded)).sum().item()
+
+    @functools.cached_property
+    def padded(self) -> Tensor:
+        """[documents] the longest length in each one's group: lengths from one such value down share it, until they fall
+        below it by PADDING."""
+        assert self.stretches is not None
+        values, which = self.stretches.lengths.unique(return_inverse=True)
+        factor = PADDING.get(self.document_ids.device.type, 1.0)
+        padded, longest = values.tolist(), 0
+        for i in reversed(range(len(padded))):
+            if padded[i] * factor < longest or not longest:
+                longest = padded[i]
+            padded[i] = longest
+        return torch.tensor(padded)[which]
 
     @functools.cached_property
     def dense(self) -> Group:
@@ -96,7 +111,7 @@ class Documents:
         assert self.stretches is not None
         device = self.document_ids.device
         order = self.stretches.lengths.argsort(descending=True, stable=True)
-        lengths, padded = self.stretches.lengths[order], self.stretches.padded[order]
+        lengths, padded = self.stretches.lengths[order], self.padded[order]
         slots, real = self._slots(self.stretches.starts[order], lengths, padded)
         first = self.stretches.first[order].to(device) if self.stretches.first.any() else None
         groups, slot, document = [], 0, 0
@@ -169,18 +184,6 @@ class Stretches:
             compact=len(starts) > 0 and not pieces, restart=restart,
             fill_rows=len(starts) == b and bool((lengths == s).all()),
         )  # fmt: skip
-
-    @functools.cached_property
-    def padded(self) -> Tensor:
-        """[documents] the longest length in each one's group: lengths from one such value down share it until they fall
-        below it by STRETCH."""
-        values, which = self.lengths.unique(return_inverse=True)
-        padded, longest = values.tolist(), 0.0
-        for i in reversed(range(len(padded))):
-            if padded[i] * STRETCH < longest or not longest:
-                longest = padded[i]
-            padded[i] = longest
-        return torch.tensor(padded)[which]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -46,7 +46,7 @@ def _mix_tensor(value: Tensor) -> Tensor:
 class DropoutKey:
     """What the masks of one microbatch are keyed by.
 
-    ``samples``: [b] int64, indices of the rows in the whole run.
+    ``samples``: int64, indices of the rows in the whole run: [b], or [s, b] where every position has its own.
     """
 
     seed: int
@@ -57,7 +57,7 @@ class DropoutKey:
         """Row keys of one use of dropout.
 
         ``stream`` names the use (which layer, which place); ``positions`` int64, of any shape that broadcasts with
-        [b] as last dimension.  Returns int64 keys of the broadcast shape.
+        ``samples``.  Returns int64 keys of the broadcast shape.
         """
         base = _mix_int(_mix_int(_mix_int(self.seed) + self.step * _GOLDEN) + stream * _GOLDEN)
         samples = _mix_tensor(self.samples * _signed64(_GOLDEN) + _signed64(base))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +23,10 @@ class Batch:
 
     ``label_positions`` are the p positions of each row whose token is to be predicted (ascending, padded with 0);
     None means every position (p = s, causal models).  ``label_weights`` is 1 where a prediction counts, else 0.
+
+    An unpadded microbatch (``unpadded``) has the tokens of all b rows in one row of t tokens: where a shape below says
+    [b, s] it is then [1, t], and ``joined`` says where every token comes from.  ``label_positions`` (still [b, p]) are
+    places in that row; without them labels and weights are [1, t].
     """
 
     input_ids: Tensor  # [b, s] int64
@@ -34,10 +39,42 @@ class Batch:
     label_weights: Tensor  # [b, p] float32
     label_positions: Tensor | None = None  # [b, p] int64
     sentence_labels: Tensor | None = None  # [b] int64: 0 the second segment follows the first, 1 it does not
+    joined: Joined | None = None
 
     @property
     def rows(self) -> int:
-        return self.input_ids.shape[0]
+        return self.sample_ids.shape[0]
+
+    @property
+    def indices(self) -> Tensor:
+        """[b, s] int64: every token's index in its own row of the run (keys dropout, with the row's sample)."""
+        if self.joined is not None:
+            return self.joined.indices
+        return torch.arange(self.input_ids.shape[1], device=self.input_ids.device).expand_as(self.input_ids)
+
+    @property
+    def token_samples(self) -> Tensor:
+        """The sample of every token: [b, 1], or [1, t] where rows were joined."""
+        return self.sample_ids.unsqueeze(1) if self.joined is None else self.sample_ids[self.joined.rows]
+
+    @property
+    def label_rows(self) -> Tensor:
+        """Which of the b rows a prediction is of, in a shape that broadcasts with the labels."""
+        if self.joined is not None and self.label_positions is None:
+            return self.joined.rows
+        return torch.arange(self.rows, device=self.labels.device).unsqueeze(1).expand_as(self.labels)
+
+    def at(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        """hidden [s, b, h] at positions [b, p] of each row → [p, b, h]."""
+        row = torch.arange(self.rows, device=hidden.device) if self.joined is None else 0
+        return hidden[positions.t(), row]
+
+    @property
+    def first_positions(self) -> Tensor:
+        """[b, 1] int64: where each row begins."""
+        return (
+            torch.zeros_like(self.sample_ids).unsqueeze(1) if self.joined is None else self.joined.starts.unsqueeze(1)
+        )
 
     def split(self, size: int) -> list[Batch]:
         """Cut into microbatches of ``size`` rows (views, in order)."""
@@ -45,12 +82,71 @@ class Batch:
             raise ValueError(f"{self.rows} rows do not split into microbatches of {size}")
         return [self._map(lambda t, i=i: t[i : i + size]) for i in range(0, self.rows, size)]  # type: ignore[misc]
 
+    def unpadded(self, length: int) -> Batch:
+        """The same predictions from the same tokens without the padding: all rows in one of ``length`` tokens, the
+        documents of each kept apart.  Only what is left of ``length`` is filled up."""
+        real = self.document_ids > 0
+        places = real.flatten().cumsum(0).view_as(real) - 1  # of real tokens, in the joined row
+
+        def join(values: Tensor) -> Tensor:
+            out = values.new_zeros(1, length)
+            out[0, : int(real.sum())] = values[real]
+            return out
+
+        counts = real.sum(1)
+        starts = (counts.cumsum(0) - counts).clamp(max=length - 1)  # a row without tokens may come last
+        tokens = {f: join(getattr(self, f)) for f in ("input_ids", "positions", "token_type_ids")}
+        if self.label_positions is None:
+            tokens |= {f: join(getattr(self, f)) for f in ("labels", "label_weights")}
+        else:
+            tokens["label_positions"] = places.gather(1, self.label_positions).clamp(min=0)
+        columns = torch.arange(real.shape[1]).expand_as(real)
+        rows = torch.arange(len(real)).unsqueeze(1).expand_as(real)
+        return dataclasses.replace(
+            self,
+            **tokens,
+            document_ids=join(self.document_ids + rows * (self.document_ids.max() + 1)),
+            attention="document",
+            joined=Joined(join(rows), join(columns), starts),
+        )
+
     def to(self, device: torch.device) -> Batch:
         return self._map(lambda t: t.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
         return self._map(lambda t: t.pin_memory())
 
-    def _map(self, function) -> Batch:  # type: ignore[no-untyped-def]
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return Batch(**{k: function(v) if isinstance(v, Tensor) else v for k, v in values.items()})
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        changed: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                changed[field.name] = function(value)
+            elif isinstance(value, Joined):
+                changed[field.name] = Joined(function(value.rows), function(value.indices), function(value.starts))
+        return dataclasses.replace(self, **changed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Joined:
+    """Where the tokens of an unpadded microbatch come from."""
+
+    rows: Tensor  # [1, t] int64: which of the b rows
+    indices: Tensor  # [1, t] int64: which position of it
+    starts: Tensor  # [b] int64: the place of each row's first token
+
+
+def microbatches(batch: Batch, rows: int, *, multiple: int, equal: bool) -> tuple[list[Batch], tuple[int, int]]:
+    """A step's batch in microbatches of ``rows`` rows, without padding; and the largest's shape (rows, tokens a row).
+
+    ``multiple``: what the number of tokens of an unpadded microbatch is rounded up to; ``equal``: whether all must have
+    the same (between pipeline stages flow tensors of one shape).
+    """
+    parts = batch.split(rows)
+    if batch.attention != "padding":
+        return parts, tuple(parts[0].input_ids.shape)  # type: ignore[return-value]
+    tokens = [int((part.document_ids > 0).sum()) for part in parts]
+    lengths = [max(-(-n // multiple), 1) * multiple for n in tokens]
+    if equal:
+        lengths = [max(lengths)] * len(parts)
+    return [part.unpadded(n) for part, n in zip(parts, lengths, strict=True)], (1, max(lengths))

@@ -65,8 +65,9 @@ class LossFunction:
             sentences = outputs["sentence_losses"].sum()
             loss = loss + sentences / counts.rows
             sums += [sentences.detach(), outputs["sentence_correct"].sum()]
-        rows = weighted.detach().sum(1) / weights.sum(1).clamp(min=1.0)
-        return loss, torch.cat((torch.stack([s.double() for s in sums]), rows.double()))
+        row_of, rows = batch.label_rows.flatten(), weights.new_zeros(2, batch.rows, dtype=torch.float64)
+        rows.index_add_(1, row_of, torch.stack((weighted.detach(), weights)).flatten(1).double())
+        return loss, torch.cat((torch.stack([s.double() for s in sums]), rows[0] / rows[1].clamp(min=1.0)))
 
     def means(self, sums: Sequence[float], counts: Counts) -> Losses:
         """``sums``: statistics added up over the global batch."""

@@ -11,13 +11,14 @@ from ..parallel.loss_scale import LossScale
 from ..parallel.mesh import Mesh
 from ..parallel.sharding import initialize
 from . import checkpoint as ckpt
+from .batch import Batch, microbatches
 from .config import Config
 from .data.loader import Loader
 from .data.store import MANIFEST as DATA_MANIFEST
 from .data.store import TokenStore
 from .data.tokenizer import Vocabulary
 from .files import write_text
-from .losses import LossFunction
+from .losses import Counts, LossFunction
 from .models import architecture
 from .models.base import Stage
 from .objectives import Objective, make_objective
@@ -102,6 +103,20 @@ def build_engine(config: Config, mesh: Mesh, start: Start, loss: LossFunction) -
         engine.load_optimizer_state(start.reader.optimizer(mesh.rank))
         engine.loss_scale.load_state(start.reader.manifest.trainer["loss_scale"])
     return engine
+
+
+def microbatches_of(config: Config, mesh: Mesh, batch: Batch) -> tuple[list[Batch], tuple[int, int]]:
+    """A data rank's part of a global batch as its stages compute it, without padding, and the shape of the largest."""
+    # Matrix products like multiples of 8, and sequence parallelism splits the tokens.
+    multiple = 8 * (mesh.tensor.size if mesh.sequence_parallel else 1)
+    rows = config.training.micro_batch_size
+    return microbatches(batch, rows, multiple=multiple, equal=mesh.pipeline.size > 1)
+
+
+def flops_of(config: Config, counts: Counts) -> float:
+    """Floating-point operations of a training step on these rows: those of real tokens."""
+    model, tokens, predictions = config.model, counts.tokens / counts.rows, counts.predictions / counts.rows
+    return counts.rows * architecture(model.model_type).flops_per_row(model, tokens, predictions)
 
 
 def watch_of(config: Config, start: Start) -> Watch:

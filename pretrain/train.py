@@ -28,7 +28,6 @@ from .metrics import (
     model_flops_utilization,
     peak_flops_per_second,
 )
-from .models import architecture
 from .models.base import Recompute
 from .objectives import Objective
 from .schedule import BatchSizes, learning_rate
@@ -69,9 +68,7 @@ def _train(
     loss_function = LossFunction(config.heads)
     engine, watch = run.build_engine(config, mesh, start, loss_function), run.watch_of(config, start)
     training, schedule, save = config.training, config.schedule, config.checkpoint
-    row_flops = architecture(config.model.model_type).flops_per_row(
-        config.model, config.data.sequence_length, objective.predictions_per_row
-    )
+    flops = functools.partial(run.flops_of, config)
     if mesh.is_writer:
         run.write_config(config)
     sizes = training.batch_sizes
@@ -102,8 +99,7 @@ def _train(
                 decay_steps=schedule.decay_steps,
             )
             result = engine.train_batch(
-                batch.split(training.micro_batch_size),
-                (training.micro_batch_size, config.data.sequence_length),
+                *run.microbatches_of(config, mesh, batch),
                 stage_runner(mesh, dropout=(training.seed, step), recompute=training.recompute),
                 functools.partial(loss_function, counts=counts),
                 learning_rate=rate,
@@ -122,7 +118,7 @@ def _train(
                     tokens_per_second=counts.tokens / seconds,
                     step_seconds=seconds,
                     data_wait_seconds=waited,
-                    model_flops_utilization=_utilization(row_flops * counts.rows / seconds, mesh),
+                    model_flops_utilization=_utilization(flops(counts) / seconds, mesh),
                     peak_memory_bytes=_peak_memory(mesh),
                     loss_scale=result.loss_scale if training.dtype == "float16" else None,
                     skipped_steps=watch.skipped,
@@ -166,10 +162,8 @@ class Evaluation:
         loader = run.loader_of(self.objective, self.mesh, BatchSizes(self.config.evaluation.rows), prefetch=0)
         batch = loader.make(0)
         counts = Counts.of(batch, self.mesh)
-        rows = self.config.training.micro_batch_size
         sums = engine.eval_batch(
-            batch.split(rows),
-            (rows, self.config.data.sequence_length),
+            *run.microbatches_of(self.config, self.mesh, batch),
             stage_runner(self.mesh, dropout=None),
             functools.partial(self.loss_function, counts=counts),
         )
@@ -184,7 +178,7 @@ def stage_runner(mesh: Mesh, *, dropout: tuple[int, int] | None, recompute: Reco
 
     def run_stage(module: Callable[..., Any], batch: Batch, received: Tensor | None, chunk: int) -> Any:
         batch = batch.to(mesh.device)
-        key = None if dropout is None else DropoutKey(*dropout, batch.sample_ids)
+        key = None if dropout is None else DropoutKey(*dropout, batch.token_samples.t())
         return module(batch, received, chunk=chunk, dropout=key, recompute=recompute, count_correct=dropout is None)
 
     return run_stage

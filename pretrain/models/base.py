@@ -78,28 +78,34 @@ class Context:
     """What every layer of a microbatch needs beside the hidden states.
 
     ``attention``: which tokens see one another.  ``dropout``: the keys of this microbatch's masks; None in evaluation.
+    ``part``: the positions whose hidden states this tensor rank has between products (without sequence parallelism,
+    all).
     """
 
     attention: Documents
     documents: Tensor  # [b, s] int64: which document of its row a position belongs to, 0 for padding
     positions: Tensor  # [s, 1] int64, index in the row: what dropout is keyed by
     dropout: DropoutKey | None
-    part: slice  # the positions whose hidden states this tensor rank has between products
+    part: slice
+    hidden_dropout: DropoutKey | None  # of the positions in ``part``
     recompute: Recompute
 
     @staticmethod
     def of(
         batch: Batch, mesh: Mesh, *, causal: bool, dropout: DropoutKey | None, recompute: Recompute = "none"
     ) -> Context:
-        documents = batch.document_ids
-        length = documents.shape[1]
-        index = torch.arange(length, device=documents.device)
-        attention = Documents.of(documents, index.expand_as(documents), batch.attention, causal=causal)
-        return Context(attention, documents, index.unsqueeze(1), dropout, sequence_part(length, mesh), recompute)
+        documents, indices = batch.document_ids, batch.indices
+        part, of_part = sequence_part(documents.shape[1], mesh), dropout
+        if dropout is not None and batch.joined is not None:  # every position has a sample of its own
+            of_part = dataclasses.replace(dropout, samples=dropout.samples[part])
+        attention = Documents.of(documents, indices, batch.attention, causal=causal)
+        return Context(attention, documents, indices[:1].t(), dropout, part, of_part, recompute)
 
     def keys(self, layer: int, place: int) -> Tensor | None:
         """Row keys [s, b] of one use of dropout on hidden states (of this rank's part of the sequence)."""
-        return None if self.dropout is None else self.dropout.rows(stream(layer, place), self.positions[self.part])
+        if self.hidden_dropout is None:
+            return None
+        return self.hidden_dropout.rows(stream(layer, place), self.positions[self.part])
 
     def run(self, kind: Recompute, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
         """``function(*arguments)``, its activations kept, or computed again in the backward pass where the run says so
@@ -178,7 +184,7 @@ class LanguageModel(nn.Module):
         return batch
 
     @classmethod
-    def flops_per_row(cls, config: ModelConfig, length: int, predictions: int) -> float:
+    def flops_per_row(cls, config: ModelConfig, length: float, predictions: float) -> float:
         """Floating-point operations of a training step (forward and backward, nothing recomputed) for one row."""
         raise NotImplementedError
 
@@ -220,17 +226,13 @@ class LanguageModel(nn.Module):
         results: dict[str, Tensor] = {}
         if "lm" in self.heads:
             b, p = batch.labels.shape
-            if batch.label_positions is None:
-                features = hidden.flatten(0, 1)  # row i*b + j is position i of row j
-                labels = batch.labels.t().flatten()
-            else:
-                features = hidden[batch.label_positions.t(), torch.arange(b, device=hidden.device)].flatten(0, 1)
-                labels = batch.labels.t().flatten()
+            predicted = hidden if batch.label_positions is None else batch.at(hidden, batch.label_positions)
+            features, labels = predicted.flatten(0, 1), batch.labels.t().flatten()  # [p, b, h], the rows innermost
             losses, correct = self.lm_head.loss(features, self._word_weight(), labels, count_correct=count_correct)
             results["lm_losses"], results["lm_correct"] = losses.view(p, b).t(), correct.view(p, b).t()
         if "nsp" in self.heads:
             assert batch.sentence_labels is not None, "the nsp head needs sentence labels: use an objective with pairs"
-            results |= self.sentence_head.loss(hidden[0], batch.sentence_labels)
+            results |= self.sentence_head.loss(batch.at(hidden, batch.first_positions)[0], batch.sentence_labels)
         return results
 
     def _logits(self, hidden: Tensor) -> dict[str, Tensor]:

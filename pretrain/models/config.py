@@ -21,9 +21,7 @@ class ModelConfig(BaseModel):
     hidden_size: int = Field(768, gt=0, description="features of a hidden state")
     num_hidden_layers: int = Field(12, gt=0, description="layers")
     intermediate_size: int = Field(3072, gt=0, description="inner features of the feed-forward")
-    hidden_act: str = Field(
-        "gelu", description=f"activation of the feed-forward: {', '.join(ACTIVATIONS)} (`gelu` is the exact one)"
-    )
+    hidden_act: str = Field("gelu", description="activation of the feed-forward; `gelu` is the exact one")
     hidden_dropout_prob: float = Field(
         0.1, ge=0.0, lt=1.0, description="dropout of the embeddings and of every branch before it is added"
     )

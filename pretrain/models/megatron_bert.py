@@ -59,6 +59,6 @@ class MegatronBert(LanguageModel):
         return names.get(heads, "MegatronBertForPreTraining")
 
     @classmethod
-    def flops_per_row(cls, config: ModelConfig, length: int, predictions: int) -> float:
+    def flops_per_row(cls, config: ModelConfig, length: float, predictions: float) -> float:
         assert isinstance(config, TransformerConfig)
         return transformer_flops_per_row(config, length, predictions)

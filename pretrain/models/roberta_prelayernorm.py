@@ -107,6 +107,6 @@ class RobertaPreLayerNorm(LanguageModel):
         return "RobertaPreLayerNormForCausalLM" if config.is_decoder else "RobertaPreLayerNormForMaskedLM"
 
     @classmethod
-    def flops_per_row(cls, config: ModelConfig, length: int, predictions: int) -> float:
+    def flops_per_row(cls, config: ModelConfig, length: float, predictions: float) -> float:
         assert isinstance(config, TransformerConfig)
         return transformer_flops_per_row(config, length, predictions)

@@ -146,7 +146,7 @@ class PreNormLayer(nn.Module):
         return dropout_add(self.feed_forward(x), hidden, self.p, context.keys(self.index, FEED_FORWARD_OUTPUT))
 
 
-def transformer_flops_per_row(config: TransformerConfig, length: int, predictions: int) -> float:
+def transformer_flops_per_row(config: TransformerConfig, length: float, predictions: float) -> float:
     """Training FLOPs of one row of an encoder with dense attention: three times the products of the forward pass
     (a backward pass has two for each), element-wise work not counted (arXiv 2104.04473, appendix)."""
     h, i, v = config.hidden_size, config.intermediate_size, config.vocab_size

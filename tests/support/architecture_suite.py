@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from comparison import FLOPS, assert_all_close, assert_close, assert_differs, assert_identical, difference, merge
-from models import Description, Result, dropout_key, loss_of, make_batch, training_pass
+from models import Description, Result, counts_of, dropout_key, loss_of, make_batch, training_pass
 from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -29,8 +29,9 @@ from farspan.kernels.dropout import DropoutKey
 from farspan.parallel.mesh import Mesh
 from farspan.parallel.sharding import initialize, logical_of
 from farspan.pretrain import checkpoint as ckpt
-from farspan.pretrain.batch import AttentionKind
+from farspan.pretrain.batch import AttentionKind, microbatches
 from farspan.pretrain.huggingface import from_huggingface, model_of, to_huggingface
+from farspan.pretrain.losses import LossFunction
 from farspan.pretrain.models.base import LanguageModel, Stage
 from farspan.pretrain.models.config import ModelConfig
 
@@ -284,6 +285,48 @@ class ArchitectureSuite:
         model(batch, dropout=dropout_key(batch))
         keys = torch.cat([keys.flatten() for keys in used])
         assert len(used) > described.config.num_hidden_layers and len(keys.unique()) == len(keys)
+
+    @pytest.mark.parametrize("dropping", [False, True])
+    def test_unpadded_equals_padded(self, variant: str, dropping: bool) -> None:
+        """All rows in one without padding: the same losses, gradients and dropout masks."""
+        described = self.described(variant)
+        batch = make_batch(described.config, "padding")
+        (joined,), shape = microbatches(batch, batch.rows, multiple=8, equal=False)
+        real = int((batch.document_ids > 0).sum())
+        assert shape == (1, joined.input_ids.shape[1]) and 0 <= shape[1] - real < 8
+        results = []
+        for given in (batch, joined):
+            key = DropoutKey(9, 11, given.token_samples.t()) if dropping else None
+            model = described.filled(Mesh.solo())
+            outputs = model(given, dropout=key, count_correct=True)
+            loss, statistics = LossFunction(model.heads)(outputs, given, counts_of(batch))
+            loss.backward()
+            gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+            results.append((statistics, gradients))
+        assert_close(results[1][0], results[0][0], "statistics")
+        assert_all_close(results[1][1], results[0][1], "gradient of")
+
+    def test_recomputation_changes_nothing(self, variant: str) -> None:
+        """Whole layers or the core of attention computed again: the same gradients, from less that is kept."""
+        described = self.described(variant)
+        batch = make_batch(described.config, "document")
+        kept, gradients = {}, {}
+        for kind in ("none", "selective", "full"):
+            model, saved = described.filled(Mesh.solo()), []
+
+            def pack(tensor: torch.Tensor, saved: list[torch.Tensor] = saved) -> torch.Tensor:
+                saved.append(tensor)
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                outputs = model(batch, dropout=dropout_key(batch), recompute=kind)
+            loss_of(model, outputs, batch).backward()
+            storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in saved}
+            kept[kind] = sum(storages.values())
+            gradients[kind] = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        assert kept["full"] < kept["selective"] < kept["none"]
+        for kind in ("selective", "full"):
+            assert_identical(gradients[kind], gradients["none"])
 
     def test_stages_equal_whole(self, variant: str) -> None:
         described = self.described(variant)

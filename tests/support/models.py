@@ -118,8 +118,12 @@ def dropout_key(batch: Batch, step: int = 11) -> DropoutKey:
 
 def loss_of(model: LanguageModel, outputs: dict[str, Tensor], batch: Batch) -> Tensor:
     """The loss of a training step on this batch alone."""
-    counts = Counts(batch.label_weights.sum().item(), batch.rows, (batch.document_ids > 0).sum().item())
-    return LossFunction(model.heads)(outputs, batch, counts)[0]
+    return LossFunction(model.heads)(outputs, batch, counts_of(batch))[0]
+
+
+def counts_of(batch: Batch) -> Counts:
+    """As if this were the whole global batch."""
+    return Counts(batch.label_weights.sum().item(), batch.rows, (batch.document_ids > 0).sum().item())
 
 
 @dataclasses.dataclass(frozen=True)
