@@ -18,7 +18,22 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from bad_input import EXPORT, IMPORT, KINDS, LAUNCHED, PREPARE, RESUME, STEP, STEPS, STOP, WEIGHTS, Kind
+from bad_files import CHECKPOINT, CONVERSION, DATA, INPUT, TOKENIZER
+from bad_input import (
+    CONFIGURATION,
+    ENVIRONMENT,
+    EXPORT,
+    IMPORT,
+    LAUNCHED,
+    PLACES,
+    PREPARE,
+    RESUME,
+    STEP,
+    STEPS,
+    STOP,
+    WEIGHTS,
+    Kind,
+)
 from runs import Run, settings
 
 from farspan.launch.cli import main
@@ -26,6 +41,16 @@ from farspan.launch.local import COMMAND
 from farspan.pretrain import checkpoint as ckpt
 from farspan.pretrain.files import explain
 
+KINDS = {
+    "configuration": CONFIGURATION,
+    "data": DATA,
+    "input": INPUT,
+    "tokenizer": TOKENIZER,
+    "checkpoint": CHECKPOINT,
+    "conversion": CONVERSION,
+    "places": PLACES,
+    "environment": ENVIRONMENT,
+}
 VARIABLES = (*LAUNCHED, "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_JOB_ID", "SLURM_STEP_ID", "OMPI_COMM_WORLD_RANK")
 
 
