@@ -7,7 +7,7 @@ names.  The resolved configuration is saved with the run.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 import yaml
@@ -34,7 +34,7 @@ class DataConfig(Section):
     rows: Literal["packed", "padded", "pairs"] = Field(
         "packed",
         description="packed: rows cut full from the stream of documents, each attending within itself; "
-        "padded: one document a row; pairs: two segments a row (the mlm+nsp objective)",
+        "padded: one document a row; pairs: two segments a row (mlm+nsp and mlm+sop)",
     )
     prefetch_steps: int = Field(4, ge=1, description="global steps whose batches are made ahead, in a thread")
 
@@ -42,8 +42,12 @@ class DataConfig(Section):
 class ObjectiveConfig(Section):
     """What is predicted."""
 
-    name: str = Field("mlm", description=f"one of {', '.join(OBJECTIVES)}")
-    probability: float = Field(0.15, gt=0.0, lt=1.0, description="share of tokens to predict (mlm)")
+    name: str = Field(
+        "mlm",
+        description="mlm: chosen tokens from both sides; clm: each next token; mlm+nsp and mlm+sop: masked tokens, and "
+        "whether the second of two segments follows the first, or whether the two are in order",
+    )
+    probability: float = Field(0.15, gt=0.0, lt=1.0, description="share of tokens to predict (not clm)")
     mask_fraction: float = Field(0.8, ge=0.0, le=1.0, description="share of those replaced by the mask token")
     random_fraction: float = Field(0.1, ge=0.0, le=1.0, description="share of those replaced by a random token")
 
@@ -105,7 +109,10 @@ class TrainingConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> TrainingConfig:
-        _ = self.batch_sizes  # ValueError where the ramp does not arrive
+        try:
+            _ = self.batch_sizes
+        except ValueError as error:
+            raise ValueError(f"batch_ramp: {error}") from None
         return self
 
 
@@ -422,6 +429,21 @@ def _known_keys() -> list[str]:
         keys.append(name)
         if name == "model":
             keys += sorted({f"model.{k}" for cls in ARCHITECTURES.values() for k in cls.config_class.model_fields})
-        elif isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            keys += [f"{name}.{key}" for key in field.annotation.model_fields]
+        else:
+            keys += _keys_below(name, field.annotation)
     return keys
+
+
+def _keys_below(name: str, annotation: Any) -> list[str]:
+    """Of a section (or one that may be null) and of the sections in it; none for a single value."""
+    section = next((kind for kind in (annotation, *get_args(annotation)) if _is_section(kind)), None)
+    if section is None:
+        return []
+    keys: list[str] = []
+    for key, field in section.model_fields.items():
+        keys += [f"{name}.{key}", *_keys_below(f"{name}.{key}", field.annotation)]
+    return keys
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Section)

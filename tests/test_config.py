@@ -211,7 +211,7 @@ REFUSED: list[tuple[list[str], str]] = [
      "parallel.offload_optimizer updates with DeepSpeed's CPU Adam, optimizer.name is lamb: "
      "set adamw, or leave offload_optimizer out"),
     (["training.batch_ramp={start: 12, increment: 8, samples: 100}"],
-     "training.a batch ramp from 12 by 8 does not arrive at 32: set start below training.global_batch_size, "
+     "training.batch_ramp: a batch ramp from 12 by 8 does not arrive at 32: set start below training.global_batch_size, "
      "and an increment that divides the difference"),
     (["training.batch_ramp={start: 12, increment: 4, samples: 100}", "parallel.data=1"],
      "training.batch_ramp's size 12 does not divide by training.micro_batch_size 8 × 1 data ranks: set a multiple of 8"),
