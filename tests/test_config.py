@@ -189,9 +189,11 @@ REFUSED: list[tuple[list[str], str]] = [
        f"parallel.zero_stage {stage} does not go with parallel.pipeline 2 (gradients of all microbatches are needed at "
        "once): set zero_stage to 0 or 1, or pipeline to 1") for stage in (2, 3)),
     (["parallel.data=3"],
-     "training.global_batch_size 32 does not divide by training.micro_batch_size 8 × 3 data ranks: set a multiple of 24"),
+     "training.global_batch_size 32 does not divide by training.micro_batch_size 8 × 3 data ranks: set a multiple of "
+     "24"),
     (["parallel.data=1", "training.global_batch_size=12"],
-     "training.global_batch_size 12 does not divide by training.micro_batch_size 8 × 1 data ranks: set a multiple of 8"),
+     "training.global_batch_size 12 does not divide by training.micro_batch_size 8 × 1 data ranks: set a multiple of "
+     "8"),
     (["parallel.sequence=true"],
      "parallel.sequence splits over the tensor ranks and parallel.tensor is 1: raise it, or leave sequence out"),
     (["parallel.tensor=2", "parallel.sequence=true", "data.sequence_length=31"],
@@ -211,10 +213,12 @@ REFUSED: list[tuple[list[str], str]] = [
      "parallel.offload_optimizer updates with DeepSpeed's CPU Adam, optimizer.name is lamb: "
      "set adamw, or leave offload_optimizer out"),
     (["training.batch_ramp={start: 12, increment: 8, samples: 100}"],
-     "training.batch_ramp: a batch ramp from 12 by 8 does not arrive at 32: set start below training.global_batch_size, "
+     "training.batch_ramp: a batch ramp from 12 by 8 does not arrive at 32: set start below "
+     "training.global_batch_size, "
      "and an increment that divides the difference"),
     (["training.batch_ramp={start: 12, increment: 4, samples: 100}", "parallel.data=1"],
-     "training.batch_ramp's size 12 does not divide by training.micro_batch_size 8 × 1 data ranks: set a multiple of 8"),
+     "training.batch_ramp's size 12 does not divide by training.micro_batch_size 8 × 1 data ranks: set a multiple of "
+     "8"),
     # The schedule.
     (["schedule.warmup_steps=1001"],
      "schedule: 1001 warm-up steps do not fit: set 0 to 1000, the number of training steps"),
@@ -307,7 +311,8 @@ def test_ranks_that_fit(overrides: list[str], ranks: int, data: int, file: Path)
         (["parallel.data=2", "parallel.tensor=2"], 2,
          "2 ranks do not make parallel.tensor 2 × pipeline 1 × data 2: start 4 ranks, or change the parallel section"),
         ([], 3,
-         "training.global_batch_size 32 does not divide by training.micro_batch_size 8 × 3 data ranks: set a multiple of 24"),
+         "training.global_batch_size 32 does not divide by training.micro_batch_size 8 × 3 data ranks: set a multiple "
+         "of 24"),
         (["evaluation.interval=1", "evaluation.rows=40"], 2,
          "evaluation.rows 40 does not divide by training.micro_batch_size 8 × 2 data ranks: set a multiple of 16"),
     ],
