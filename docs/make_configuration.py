@@ -112,7 +112,7 @@ _MODEL = (
 )
 
 
-def _text(section: type) -> str:
+def _text(section: Any) -> str:
     return " ".join(str(section.__doc__).split())
 
 
