@@ -6,7 +6,9 @@ moments are the same as far as the machine keeps time.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import glob
 import itertools
 import json
 import os
@@ -108,12 +110,11 @@ class Folder:
     def signs(self, *patterns: str) -> Signs:
         """What matches; a new file is another sign than an old one of the same name."""
         found: Signs = set()
-        for path in (path for pattern in patterns for path in self.path.glob(pattern)):
-            try:
-                status = path.stat()
-            except FileNotFoundError:
-                continue
-            found.add((path.name, status.st_ino, status.st_ctime_ns))
+        # Path.glob stumbles over a folder that vanishes while it looks.
+        for name in (n for p in patterns for n in glob.glob(p, root_dir=self.path, include_hidden=True)):  # noqa: PTH207
+            with contextlib.suppress(FileNotFoundError):
+                status = (self.path / name).stat()
+                found.add((name, status.st_ino, status.st_ctime_ns))
         return found
 
 
