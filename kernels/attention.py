@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +14,8 @@ from torch import Tensor
 from .documents import Documents, Group
 from .dropout import dropout
 
-# Weights (n · h · l · l) that a CPU computes at once: larger tensors leave the cache, and the allocator gives fresh pages
-# for each (measured: up to 1.8 times the time at 25 million).
+# Weights (n · h · l · l) that a CPU computes at once: larger tensors leave the cache, and each takes fresh pages from
+# the system (measured: 25 million at once take up to 1.8 times the time).
 CPU_WEIGHTS = 1 << 22
 
 
@@ -48,7 +50,7 @@ def attention(
         q, k, v = (slots.gather(x.flatten(0, 1)) for x in (q, k, v))
         y = _varlen(q, k, v, bounds, longest, documents.causal)
     else:
-        slots, groups = documents.grouped
+        slots, groups = documents.grouped(q.shape[-2] * q.shape[-1])
         q, k, v = (slots.gather(x.flatten(0, 1)) for x in (q, k, v))
         keys = None if keys is None else keys.flatten(1).index_select(1, slots.tokens)
         y = _by_groups(q, k, v, groups, keys, terms)
@@ -84,18 +86,16 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, group: Group, keys: Tensor | None, 
     if keys is None and terms.distances is None:
         causal = terms.causal and group.mask is None
         return F.scaled_dot_product_attention(q, k, v, attn_mask=group.mask, is_causal=causal)
-    if q.device.type != "cpu":
-        return _explicit(q, k, v, group.mask, group.first, keys, terms)
-    together = max(1, CPU_WEIGHTS // (q.shape[1] * group.l**2))
-    parts = (
-        [None] * -(-group.n // together) if x is None else x.split(together)
-        for x in (q, k, v, group.mask, group.first, keys)
-    )
-    return torch.cat([_explicit(*part, terms) for part in zip(*parts, strict=True)])  # type: ignore[arg-type]
+    inputs = (q, k, v, group.mask, group.first, keys)
+    together = max(1, CPU_WEIGHTS // (q.shape[1] * group.l**2)) if q.device.type == "cpu" else group.n
+    if together >= group.n:
+        return _explicit(terms, *inputs)
+    parts: list[Any] = [itertools.repeat(None) if x is None else x.split(together) for x in inputs]
+    return torch.cat([_explicit(terms, *part) for part in zip(*parts, strict=False)])
 
 
 def _explicit(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, first: Tensor | None, keys: Tensor | None, terms: Terms
+    terms: Terms, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, first: Tensor | None, keys: Tensor | None
 ) -> Tensor:
     """With the weights in memory: what a fused kernel has no terms for."""
     scores = q @ k.transpose(-1, -2)

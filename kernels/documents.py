@@ -17,12 +17,12 @@ from torch import Tensor
 Kind = Literal["full", "padding", "document"]
 Form = Literal["dense", "grouped", "varlen"]
 
-# The rule between dense and grouped, fitted to benchmarks/attention_cpu.md, in what it costs one query to meet one key.
-# A query costs QUERY beside the keys it meets (reading, normalising, writing), and GATHER more where it is gathered.
+# The rule, in what it costs one query to meet one key.  A query costs QUERY beside the keys that it meets (reading,
+# normalising, writing), and GATHER more where it is gathered.  On a CPU fitted to benchmarks/attention_cpu.md.
 QUERY, GATHER = 80, 50
-# A document joins a group whose longest has up to this many times its length.  A CPU is fastest without any padding
-# (measured); a GPU would launch too many kernels (not measured).
-PADDING = {"cpu": 1.0, "cuda": 1.25}
+# What launching the kernels of a group costs, times the features of all heads: a CPU's is measured, a GPU's estimated
+# (150 µs at 50 TFLOP/s).
+LAUNCH = {"cpu": 1e6, "cuda": 5e8}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,6 +34,7 @@ class Documents:
     causal: bool
     stretches: Stretches | None  # None: every token sees every token of its row
     wanted: Form | None
+    _grouped: dict[int, tuple[Slots, list[Group]]] = dataclasses.field(default_factory=dict, init=False)
 
     @staticmethod
     def of(document_ids: Tensor, indices: Tensor, kind: Kind, *, causal: bool, form: Form | None = None) -> Documents:
@@ -52,7 +53,7 @@ class Documents:
         return Documents(document_ids, kind, causal, stretches, form)
 
     def form(self, x: Tensor, *, explicit: bool) -> Form:
-        """How attention is computed for queries like x [..., d]; ``explicit``: with dropout or relative positions.
+        """How attention is computed for queries like x [..., h, d]; ``explicit``: with dropout or relative positions.
 
         "dense": rows as they are, under a mask where one is needed; "grouped": documents of similar length together;
         "varlen": torch's kernel for variable lengths.
@@ -63,27 +64,29 @@ class Documents:
             return "dense"
         if not explicit and has_varlen_kernel(x):
             return "varlen"
-        dense, grouped = self.costs()
+        dense, grouped = self.costs(x.shape[-2] * x.shape[-1])
         return "grouped" if grouped < dense or self.stretches.restart else "dense"
 
-    def costs(self) -> tuple[float, float]:
-        """Of the dense and the grouped form, in pairs of a query and a key."""
-        assert self.stretches is not None
+    def costs(self, width: int) -> tuple[float, float]:
+        """Of the dense and the grouped form, in pairs of a query and a key; ``width``: features of all heads."""
         b, s = self.document_ids.shape
-        padded = self.padded.double()
-        return b * s * (QUERY + s), (padded * (QUERY + GATHER + padded)).sum().item()
+        padded, launch = self._padded(width).double(), self._launch(width)
+        pairs = (padded * (QUERY + GATHER + padded)).sum().item()
+        return b * s * (QUERY + s) + launch, pairs + launch * padded.unique().numel()
 
-    @functools.cached_property
-    def padded(self) -> Tensor:
-        """[documents] the longest length in each one's group: lengths from one such value down share it, until they fall
-        below it by PADDING."""
+    def _launch(self, width: int) -> float:
+        return LAUNCH.get(self.document_ids.device.type, LAUNCH["cuda"]) / width
+
+    def _padded(self, width: int) -> Tensor:
+        """[documents] the longest length in the group of each.  From the longest down, a length joins the group before
+        it until the padding in that one costs what another launch does."""
         assert self.stretches is not None
-        values, which = self.stretches.lengths.unique(return_inverse=True)
-        factor = PADDING.get(self.document_ids.device.type, 1.0)
-        padded, longest = values.tolist(), 0
-        for i in reversed(range(len(padded))):
-            if padded[i] * factor < longest or not longest:
-                longest = padded[i]
+        values, which, counts = self.stretches.lengths.unique(return_inverse=True, return_counts=True)
+        padded, waste, longest = values.tolist(), 0, 0
+        for i, n in reversed(list(enumerate(counts.tolist()))):
+            waste += n * (longest - padded[i]) * (QUERY + GATHER + longest + padded[i])
+            if not longest or waste > self._launch(width):
+                waste, longest = 0, padded[i]
             padded[i] = longest
         return torch.tensor(padded)[which]
 
@@ -105,13 +108,17 @@ class Documents:
             mask = (mask & (index.unsqueeze(1) > index)) | (index.unsqueeze(1) == index)
         return Group(b, s, mask, None)
 
-    @functools.cached_property
-    def grouped(self) -> tuple[Slots, list[Group]]:
-        """Documents of similar length together, the longest first."""
+    def grouped(self, width: int) -> tuple[Slots, list[Group]]:
+        """Documents of similar length together, the longest first; ``width``: features of all heads."""
+        if width not in self._grouped:
+            self._grouped[width] = self._group(self._padded(width))
+        return self._grouped[width]
+
+    def _group(self, padded: Tensor) -> tuple[Slots, list[Group]]:
         assert self.stretches is not None
         device = self.document_ids.device
         order = self.stretches.lengths.argsort(descending=True, stable=True)
-        lengths, padded = self.stretches.lengths[order], self.padded[order]
+        lengths, padded = self.stretches.lengths[order], padded[order]
         slots, real = self._slots(self.stretches.starts[order], lengths, padded)
         first = self.stretches.first[order].to(device) if self.stretches.first.any() else None
         groups, slot, document = [], 0, 0
