@@ -11,13 +11,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import json
 import os
-import platform
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -37,6 +34,7 @@ os.environ.setdefault("MASTER_PORT", "29517")
 
 import torch  # noqa: E402
 
+from farspan.benchmarks.about import about, bullets  # noqa: E402
 from farspan.parallel.engine import Engine  # noqa: E402
 from farspan.parallel.mesh import Mesh  # noqa: E402
 from farspan.pretrain import run  # noqa: E402
@@ -44,6 +42,7 @@ from farspan.pretrain.config import Config, parse_config  # noqa: E402
 from farspan.pretrain.data.prepare import prepare  # noqa: E402
 from farspan.pretrain.losses import Counts, LossFunction  # noqa: E402
 from farspan.pretrain.objectives import Objective  # noqa: E402
+from farspan.pretrain.resume import Start  # noqa: E402
 from farspan.pretrain.schedule import BatchSizes  # noqa: E402
 from farspan.pretrain.train import stage_runner  # noqa: E402
 
@@ -109,7 +108,7 @@ class FarspanSide:
         self.objective = run.objective_of(self.config, vocabulary, "train")
         self.loss = LossFunction(self.config.heads)
         self.engine: Engine = (
-            share.engine if share else run.build_engine(self.config, mesh, run.Start(0, None, False), self.loss)
+            share.engine if share else run.build_engine(self.config, mesh, Start(0, None, False), self.loss)
         )
 
     def batches(self) -> Iterator[object]:
@@ -296,7 +295,7 @@ def report(comparisons: list[Comparison], loader: float, out: str | None) -> Non
     print("\n".join(table))
     if out is None:
         return
-    about = _about()
+    where = about("torch", "transformers")
     page = [
         "# Training on a CPU: RoBERTa-PreLayerNorm base against transformers",
         "",
@@ -304,7 +303,7 @@ def report(comparisons: list[Comparison], loader: float, out: str | None) -> Non
         "sides, dropout off. Steps in turn, medians; tokens are real ones, padding is not counted.",
         "`python benchmarks/train_cpu.py`",
         "",
-        *(f"- {name}: {value}" for name, value in about.items()),
+        *bullets(where),
         "",
         *table,
         "",
@@ -315,28 +314,11 @@ def report(comparisons: list[Comparison], loader: float, out: str | None) -> Non
     ]
     Path(f"{out}.md").write_text("\n".join(page))
     raw = {
-        "about": about,
+        "about": where,
         "loader_tokens_per_second": loader,
         "comparisons": [dataclasses.asdict(c) for c in comparisons],
     }
     Path(f"{out}.json").write_text(json.dumps(raw, indent=1) + "\n")
-
-
-def _about() -> dict[str, str]:
-    import transformers
-
-    def command(*words: str) -> str:
-        return subprocess.run(words, capture_output=True, text=True, cwd=ROOT).stdout.strip()
-
-    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return {
-        "CPU": f"{cpu[1] if cpu else 'unknown'}, {torch.get_num_threads()} threads",
-        "date": datetime.date.today().isoformat(),
-        "commit": command("git", "rev-parse", "--short", "HEAD") or "unknown",
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def _arguments() -> argparse.Namespace:

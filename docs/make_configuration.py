@@ -183,6 +183,8 @@ def values(field: FieldInfo) -> str:
     low, high = "", ""
     for bound in field.metadata:
         match bound:
+            case annotated_types.MinLen(min_length=1):
+                low = "not empty"
             case annotated_types.Gt(gt=limit):
                 low = f"≥ {limit + 1}" if kind is int else f"> {_number(limit)}"  # type: ignore[operator]
             case annotated_types.Ge(ge=limit):

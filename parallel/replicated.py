@@ -150,6 +150,15 @@ def partition_state(optimizer: torch.optim.Optimizer, tensors: list[Tensor], *, 
 @torch.no_grad()
 def load_partition_state(optimizer: torch.optim.Optimizer, tensors: list[Tensor], state: dict[str, Tensor]) -> None:
     """The reverse; ValueError where the state is not of these tensors."""
+    kinds: dict[str, set[str]] = {str(number): set() for number in range(len(tensors))}
+    for name in state:
+        number, _, kind = name.partition(".")
+        kinds.setdefault(number, set()).add(kind)
+    if len(kinds) != len(tensors) or any(kind != kinds["0"] for kind in kinds.values()):
+        raise ValueError(
+            f"the saved optimizer state is not of the {len(tensors)} tensors that this rank has: it is of another "
+            "layout or model, or not whole; take another checkpoint"
+        )
     for index, tensor in enumerate(tensors):
         own = {key.partition(".")[2]: value for key, value in state.items() if key.partition(".")[0] == str(index)}
         master = own.pop("master", None)

@@ -29,7 +29,7 @@ class Section(BaseModel):
 class DataConfig(Section):
     """Which prepared tokens are read, and how rows are made of them."""
 
-    folder: str = Field(..., description="folder written by `farspan prepare`")
+    folder: str = Field(..., min_length=1, description="folder written by `farspan prepare`")
     sequence_length: int = Field(128, gt=1, description="tokens a row")
     rows: Literal["packed", "padded", "pairs"] = Field(
         "packed",
@@ -204,7 +204,9 @@ def _parse_model(value: Any) -> Any:
 class Config(Section):
     """A whole run."""
 
-    run_dir: str = Field(..., description="folder of the run: config.yaml, metrics.jsonl, tensorboard/, checkpoints/")
+    run_dir: str = Field(
+        ..., min_length=1, description="folder of the run: config.yaml, metrics.jsonl, tensorboard/, checkpoints/"
+    )
     model: Annotated[SerializeAsAny[ModelConfig], BeforeValidator(_parse_model)]
     data: DataConfig
     objective: ObjectiveConfig = ObjectiveConfig()

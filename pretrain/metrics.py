@@ -6,6 +6,7 @@ and the checkpoint ``step-k`` contains it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -128,6 +129,16 @@ def _complete_lines(lines: Iterable[bytes]) -> Iterator[tuple[bytes, dict[str, A
             yield line, values
 
 
+@contextlib.contextmanager
+def _naming(file: TextIO) -> Iterator[None]:
+    """An error of the system inside names the file: a write that fails does not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or file.name
+        raise
+
+
 def _drop_after(path: Path, step: int) -> None:
     """Keep the complete lines up to ``step``: an earlier process may have gone past the checkpoint and been killed."""
     if not path.exists():
@@ -226,7 +237,8 @@ class MetricsWriter:
         values |= {"first_sample": metrics.samples.start, "samples": len(metrics.samples)}
         # As text, because JSON has no word for nan.
         values["worst_samples"] = [{"sample": sample, "loss": str(loss)} for sample, loss in metrics.worst.items()]
-        with self._spikes.open("a", encoding="utf-8") as file:  # rare: not worth a file that is open all the time
+        # Rare: not worth a file that is open all the time.
+        with self._spikes.open("a", encoding="utf-8") as file, _naming(file):
             file.write(json_line(values))
             file.flush()
             os.fsync(file.fileno())
@@ -256,8 +268,9 @@ class MetricsWriter:
         """Bring all that was written to the disk: call it before a checkpoint that counts on it."""
         if not self._is_writer:
             return
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with _naming(self._file):
+            self._file.flush()
+            os.fsync(self._file.fileno())
         if self._tensorboard is not None:
             self._tensorboard.flush()
 
@@ -277,8 +290,9 @@ class MetricsWriter:
         self.close()
 
     def _write(self, values: Mapping[str, Any]) -> None:
-        self._file.write(json_line(values))
-        self._file.flush()  # a killed process loses nothing
+        with _naming(self._file):
+            self._file.write(json_line(values))
+            self._file.flush()  # a killed process loses nothing
 
     def _scalars(self, step: int, group: str, values: Mapping[str, float]) -> None:
         if self._tensorboard is not None:

@@ -94,8 +94,8 @@ class MaskedLanguageModel(Objective):
             )
         if self.vocabulary.mask_id is None:
             raise ValueError(
-                f"objective {self.name} needs a mask token and the tokenizer has none: name one in its "
-                "tokenizer_config.json, or use the objective clm"
+                f"objective {self.name} needs a mask token and the tokenizer of {rows.store.folder} has none: name "
+                "one in its tokenizer_config.json, or use the objective clm"
             )
         self.mask_id = self.vocabulary.mask_id
         self.probability = probability

@@ -30,6 +30,7 @@ from .metrics import (
 )
 from .models.base import Recompute
 from .objectives import Objective
+from .resume import Start, find_start, layout_of, save_checkpoint
 from .schedule import BatchSizes, learning_rate
 from .watch import Watch
 
@@ -55,16 +56,14 @@ def train(config: Config, *, resume: str = "auto", stop_after: int | None = None
         timeout_seconds=config.training.timeout_seconds,
     )
     try:
-        start = run.find_start(config, mesh, resume)
+        start = find_start(config, mesh, resume)
         last = config.training.steps if stop_after is None else min(stop_after, config.training.steps)
         _train(config, mesh, Evaluation(config, mesh, vocabulary), objective, start, last)
     finally:
         mesh.destroy()
 
 
-def _train(
-    config: Config, mesh: Mesh, evaluation: Evaluation, objective: Objective, start: run.Start, last: int
-) -> None:
+def _train(config: Config, mesh: Mesh, evaluation: Evaluation, objective: Objective, start: Start, last: int) -> None:
     loss_function = LossFunction(config.heads)
     engine, watch = run.build_engine(config, mesh, start, loss_function), run.watch_of(config, start)
     training, schedule, save = config.training, config.schedule, config.checkpoint
@@ -134,7 +133,7 @@ def _train(
                 evaluation(engine, writer, done)
             if done == last or (save.interval and done % save.interval == 0):
                 writer.sync()
-                writer.message(f"saved {run.save_checkpoint(config, mesh, engine, watch, done)}")
+                writer.message(f"saved {save_checkpoint(config, mesh, engine, watch, done)}")
 
 
 class Evaluation:
@@ -184,13 +183,13 @@ def stage_runner(mesh: Mesh, *, dropout: tuple[int, int] | None, recompute: Reco
     return run_stage
 
 
-def _greeting(config: Config, mesh: Mesh, start: run.Start) -> str:
+def _greeting(config: Config, mesh: Mesh, start: Start) -> str:
     if start.step >= config.training.steps and start.reader is not None:
         return f"{start.reader.folder} has all {config.training.steps} steps: raise training.steps to go on"
     begins = "from initial values" if start.reader is None else f"from {start.reader.folder}"
     return (
         f"{config.model.model_type}, {config.objective.name}, {config.training.dtype}, {mesh.describe()}, "
-        f"ZeRO {run.layout_of(config, mesh)['zero_stage']} on {mesh.device.type}: steps {start.step + 1} to "
+        f"ZeRO {layout_of(config, mesh)['zero_stage']} on {mesh.device.type}: steps {start.step + 1} to "
         f"{config.training.steps} {begins}"
     )
 

@@ -26,7 +26,11 @@ from spoil import (
 
 MANIFEST = "data/dataset.json"
 DATA = [
-    Kind("no such folder", gone("data"), NEW, "@/data… has no …"),
+    Kind(
+        "no such folder", gone("data"), NEW,
+        "@/data is not a prepared dataset (it has no dataset.json): run `farspan prepare` to make one, or run it "
+        "again if it was interrupted",
+    ),
     Kind(
         "not finished", gone(MANIFEST), NEW,
         "@/data is not a prepared dataset (it has no dataset.json): run `farspan prepare` to make one, or run it again "
@@ -186,8 +190,8 @@ TOKENIZER = [
     ),
     Kind(
         "no mask token for mlm", without_roles("mask_token"), NEW,
-        "objective mlm needs a mask token and the tokenizer … has none: name one in its tokenizer_config.json, or use "
-        "the objective clm",
+        "objective mlm needs a mask token and the tokenizer of @/data has none: name one in its "
+        "tokenizer_config.json, or use the objective clm",
     ),
     Kind(
         "larger than the model's vocabulary", nothing, f"{NEW} model.vocab_size=200",
@@ -277,6 +281,20 @@ CHECKPOINT = [
     Kind(
         "no weights to start from", nothing, f"{NEW} checkpoint.initialize_from=@/none",
         "@/none has no checkpoint: give a run folder, its checkpoints folder or one step-… folder",
+    ),
+    Kind(
+        "weights of another architecture to start from", nothing,
+        f"{NEW} checkpoint.initialize_from=@/run model.model_type=megatron-bert",
+        f"checkpoint.initialize_from @/{STEP} is of model_type 'roberta-prelayernorm', model.model_type is "
+        "'megatron-bert': set one to fit the other",
+    ),
+    Kind(
+        "optimizer state that is not whole", with_tensors(OPTIMIZER, lambda t: t.pop("3.exp_avg")), RESUME,
+        "the saved optimizer state is not of the … tensors that this rank has: …; take another checkpoint",
+    ),
+    Kind(
+        "a run without a checkpoint of another configuration", gone("run/checkpoints"), f"{RESUME} training.seed=7",
+        "@/run holds a run with training.seed 1234, now it is 7: set another run_dir, or remove this one",
     ),
     Kind(
         "weights of another model to start from", nothing,

@@ -135,6 +135,7 @@ CONFIGURATION = [
     Kind(
         "an override through a value", nothing, f"{NEW} run_dir.x=3", "override 'run_dir.x=3': run_dir is not a section"
     ),
+    Kind("an empty run_dir", nothing, f"{RESUME} run_dir=''", "@/run.yaml: run_dir = '': … at least 1 character"),
     Kind("an override that is no YAML", nothing, f"{NEW} training.steps=[1", "override … '[1' is not a YAML value"),
 ]  # fmt: skip
 
