@@ -19,10 +19,10 @@ Form = Literal["dense", "grouped", "varlen"]
 
 # The rule, in what it costs one query to meet one key.  A query costs QUERY beside the keys that it meets (reading,
 # normalising, writing), and GATHER more where it is gathered.  On a CPU fitted to benchmarks/attention_cpu.md.
-QUERY, GATHER = 80, 50
+QUERY, GATHER = 25, 25
 # What launching the kernels of a group costs, times the features of all heads: a CPU's is measured, a GPU's estimated
 # (150 µs at 50 TFLOP/s).
-LAUNCH = {"cpu": 1e6, "cuda": 5e8}
+LAUNCH = {"cpu": 7e5, "cuda": 5e8}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
