@@ -34,6 +34,7 @@ class Documents:
     causal: bool
     stretches: Stretches | None  # None: every token sees every token of its row
     wanted: Form | None
+    _costs: dict[int, tuple[float, float]] = dataclasses.field(default_factory=dict, init=False)
     _grouped: dict[int, tuple[Slots, list[Group]]] = dataclasses.field(default_factory=dict, init=False)
 
     @staticmethod
@@ -69,10 +70,12 @@ class Documents:
 
     def costs(self, width: int) -> tuple[float, float]:
         """Of the dense and the grouped form, in pairs of a query and a key; ``width``: features of all heads."""
-        b, s = self.document_ids.shape
-        padded, launch = self._padded(width).double(), self._launch(width)
-        pairs = (padded * (QUERY + GATHER + padded)).sum().item()
-        return b * s * (QUERY + s) + launch, pairs + launch * padded.unique().numel()
+        if width not in self._costs:
+            b, s = self.document_ids.shape
+            padded, launch = self._padded(width).double(), self._launch(width)
+            pairs = (padded * (QUERY + GATHER + padded)).sum().item()
+            self._costs[width] = b * s * (QUERY + s) + launch, pairs + launch * padded.unique().numel()
+        return self._costs[width]
 
     def _launch(self, width: int) -> float:
         return LAUNCH.get(self.document_ids.device.type, LAUNCH["cuda"]) / width
@@ -94,8 +97,9 @@ class Documents:
     def dense(self) -> Group:
         """All rows as they are."""
         b, s = self.document_ids.shape
+        first = None if self.stretches is None else self._moved(self.stretches.first_of_rows)
         if self.stretches is None or self.stretches.fill_rows:
-            return Group(b, s, None, None)
+            return Group(b, s, None, first)
         ids = self.document_ids
         if self.kind == "document":
             mask = (ids.unsqueeze(2) == ids.unsqueeze(1)).unsqueeze(1)
@@ -106,7 +110,11 @@ class Documents:
             # A padded query before the first token sees itself, so that no row of the softmax is empty.
             index = torch.arange(s, device=ids.device)
             mask = (mask & (index.unsqueeze(1) > index)) | (index.unsqueeze(1) == index)
-        return Group(b, s, mask, None)
+        return Group(b, s, mask, first)
+
+    def _moved(self, first: Tensor) -> Tensor | None:
+        """To the device, or None where all are 0."""
+        return first.to(self.document_ids.device) if first.any() else None
 
     def grouped(self, width: int) -> tuple[Slots, list[Group]]:
         """Documents of similar length together, the longest first; ``width``: features of all heads."""
@@ -116,11 +124,10 @@ class Documents:
 
     def _group(self, padded: Tensor) -> tuple[Slots, list[Group]]:
         assert self.stretches is not None
-        device = self.document_ids.device
         order = self.stretches.lengths.argsort(descending=True, stable=True)
         lengths, padded = self.stretches.lengths[order], padded[order]
         slots, real = self._slots(self.stretches.starts[order], lengths, padded)
-        first = self.stretches.first[order].to(device) if self.stretches.first.any() else None
+        first = self._moved(self.stretches.first[order])
         groups, slot, document = [], 0, 0
         for l, n in zip(*(x.tolist() for x in padded.unique_consecutive(return_counts=True)), strict=True):
             of_group = slice(document, document + n)
@@ -163,6 +170,7 @@ class Stretches:
     starts: Tensor  # [documents] row · s + position of the first token
     lengths: Tensor  # [documents]
     first: Tensor  # [documents] index of the first token
+    first_of_rows: Tensor  # [b] index of each row's first token
     compact: bool  # there is one, and every one lies in one stretch with consecutive indices
     restart: bool  # somewhere in a row the indices are not consecutive
     fill_rows: bool  # every row is one document
@@ -187,7 +195,7 @@ class Stretches:
                 "its own and consecutive indices"
             )
         return Stretches(
-            starts, lengths, index.flatten()[starts],
+            starts, lengths, index.flatten()[starts], index[:, 0],
             compact=len(starts) > 0 and not pieces, restart=restart,
             fill_rows=len(starts) == b and bool((lengths == s).all()),
         )  # fmt: skip

@@ -102,6 +102,17 @@ def test_rows_joined_to_one_keep_their_masks(rows: str) -> None:
             assert difference(found[name].squeeze(1), before[name].flatten(0, 1)[tokens], scale=1.0) < EXACT
 
 
+@pytest.mark.parametrize("start", [1, 2])
+def test_rows_that_start_at_another_index(start: int) -> None:
+    """One document filling its row, joined from a row that began with padding; and several."""
+    for rows in ([[(1, 9)]], [[(1, 9)], [(1, 9)]], [[(1, 5), (2, 4)]]):
+        case = make_case(rows)
+        case = dataclasses.replace(case, indices=case.indices + start)
+        for form in (None, *FORMS):
+            y = attention(case.q, case.k, case.v, case.documents("document", False, form), **case.options(True, 2))
+            assert_same(outputs_and_gradients(case, y), outputs_and_gradients(case, by_hand(case, False, True, 2)))
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     rows=st.lists(
