@@ -191,8 +191,25 @@ class ZeroOptimizer:
 
 
 def cpu_adam(groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float) -> Any:
-    """DeepSpeed's AdamW for state in host memory (arXiv 2101.06840), compiled at the first use."""
+    """DeepSpeed's AdamW for state in host memory (arXiv 2101.06840), compiled at the first use; ValueError where it
+    cannot be."""
     import_deepspeed()
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-    return DeepSpeedCPUAdam(groups, lr=lr, betas=betas, eps=eps, adamw_mode=True)
+    class CpuAdam(DeepSpeedCPUAdam):
+        """Its powers of the betas come from multiplying on step by step, in a process that resumes from ``pow``, which
+        rounds otherwise: sent back to step 0, it takes ``pow`` at every step."""
+
+        def step(self, closure: Any = None) -> Any:
+            nothing = [torch.zeros(1) for _ in range(4)]
+            self.ds_opt_adam.adam_update(self.opt_id, 0, 0.0, *betas, eps, 0.0, False, *nothing)
+            return super().step(closure)
+
+    try:
+        return CpuAdam(groups, lr=lr, betas=betas, eps=eps, adamw_mode=True)
+    except (RuntimeError, OSError) as error:
+        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"DeepSpeed's CPU Adam cannot be compiled here ({reason}): install ninja and a C++ compiler, or set "
+            "parallel.offload_optimizer to false"
+        ) from None

@@ -301,6 +301,11 @@ class Config(Section):
             raise ValueError(
                 "parallel.offload_optimizer is part of ZeRO and parallel.zero_stage is 0: set zero_stage to 1, 2 or 3"
             )
+        if parallel.offload_optimizer and parallel.zero_stage == 2 and self.training.dtype != "float32":
+            raise ValueError(
+                "parallel.offload_optimizer with parallel.zero_stage 2 makes DeepSpeed add up the gradients of "
+                f"microbatches in training.dtype {self.training.dtype}: set zero_stage to 1 or 3, or dtype to float32"
+            )
         if parallel.offload_optimizer and self.optimizer.name != "adamw":
             raise ValueError(
                 f"parallel.offload_optimizer updates with DeepSpeed's CPU Adam, optimizer.name is "

@@ -46,7 +46,7 @@ def sync(path: Path) -> None:
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """Open a file for writing that takes ``path``'s place only when the block ends without an error: readers see the
     old content or the new, never a part."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    beside = path.with_name(f".{path.name}.tmp")  # what a killed process left there is overwritten
     try:
         with beside.open("wb") as file:
             yield file

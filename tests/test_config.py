@@ -209,6 +209,9 @@ REFUSED: list[tuple[list[str], str]] = [
      "multiple of parallel.pipeline 2: set a multiple of 64"),
     (["parallel.offload_optimizer=true", "parallel.zero_stage=0"],
      "parallel.offload_optimizer is part of ZeRO and parallel.zero_stage is 0: set zero_stage to 1, 2 or 3"),
+    (["parallel.offload_optimizer=true", "parallel.zero_stage=2", "training.dtype=float16"],
+     "parallel.offload_optimizer with parallel.zero_stage 2 makes DeepSpeed add up the gradients of microbatches in "
+     "training.dtype float16: set zero_stage to 1 or 3, or dtype to float32"),
     (["parallel.offload_optimizer=true", "optimizer.name=lamb"],
      "parallel.offload_optimizer updates with DeepSpeed's CPU Adam, optimizer.name is lamb: "
      "set adamw, or leave offload_optimizer out"),

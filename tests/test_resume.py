@@ -24,6 +24,9 @@ STEPS, STOP = 6, 3
 DROPOUT = {"model.hidden_dropout_prob": 0.1, "model.attention_probs_dropout_prob": 0.1}
 SAVES = {"checkpoint.interval": STOP, "evaluation.interval": STOP, "evaluation.rows": 8, "schedule.name": "cosine"}
 BFLOAT16 = {"training.dtype": "bfloat16"}
+# Overflows in its first steps, and the scale both falls and rises before and after the stop.
+FLOAT16 = {"training.dtype": "float16", "training.initial_loss_scale": 2.0**24, "training.loss_scale_window": 1}
+OFFLOAD = {"parallel.offload_optimizer": True}
 
 
 def replicas(zero_stage: int) -> dict:
@@ -37,7 +40,15 @@ LAYOUTS = {
     **{f"DP2, ZeRO {stage}": replicas(stage) for stage in range(4)},
     **{f"DP2, ZeRO {stage}, bfloat16": replicas(stage) | BFLOAT16 for stage in range(4)},
     "PP2, bfloat16, untied": BFLOAT16 | {"parallel.pipeline": 2, "model.tie_word_embeddings": False},
-}
+    "TP2 × PP2 interleaved + SP": {
+        "parallel.tensor": 2, "parallel.sequence": True, "parallel.pipeline": 2, "parallel.virtual_stages": 2,
+    },
+    "1 rank, float16": FLOAT16,
+    "DP2, ZeRO 1, float16, lamb": replicas(1) | FLOAT16 | {"optimizer.name": "lamb"},
+    "1 rank, ZeRO 1, offload": OFFLOAD,
+    "DP2, ZeRO 3, offload, bfloat16": replicas(3) | OFFLOAD | BFLOAT16,
+    "DP2, ZeRO 2, batch ramp": replicas(2) | {"training.batch_ramp": {"start": 4, "increment": 4, "samples": 10}},
+}  # fmt: skip
 
 
 @pytest.fixture
