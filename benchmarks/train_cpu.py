@@ -44,7 +44,6 @@ from farspan.pretrain.losses import Counts, LossFunction  # noqa: E402
 from farspan.pretrain.objectives import Objective  # noqa: E402
 from farspan.pretrain.resume import Start  # noqa: E402
 from farspan.pretrain.schedule import BatchSizes  # noqa: E402
-from farspan.pretrain.train import stage_runner  # noqa: E402
 
 LENGTH, VOCABULARY, ROWS, PROBABILITY, RATE, CLIP = 128, 50265, 4, 0.15, 1e-4, 1.0
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"'])")
@@ -119,7 +118,7 @@ class FarspanSide:
         counts = Counts.of(batch, self.mesh)  # type: ignore[arg-type]
         self.engine.train_batch(
             *run.microbatches_of(self.config, self.mesh, batch),  # type: ignore[arg-type]
-            stage_runner(self.mesh, dropout=(0, 0)),
+            run.stage_runner(self.mesh, dropout=(0, 0)),
             lambda outputs, microbatch: self.loss(outputs, microbatch, counts),
             learning_rate=RATE,
         )

@@ -1,25 +1,30 @@
-"""What a run needs before its first step: data, model, engine."""
+"""What a run is made of, from its configuration: mesh, data, model, engine."""
 
 from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from torch import Tensor
+
+from ..kernels.dropout import DropoutKey
 from ..parallel.engine import Engine
 from ..parallel.loss_scale import LossScale
-from ..parallel.mesh import Mesh
+from ..parallel.mesh import Mesh, local_device
 from ..parallel.sharding import initialize
 from . import checkpoint as ckpt
 from .batch import Batch, microbatches
-from .config import Config
+from .config import Config, check_world
 from .data.loader import Loader
 from .data.store import TokenStore, read_manifest
 from .data.tokenizer import Vocabulary
 from .files import parents_of, write_text
 from .losses import Counts, LossFunction
 from .models import architecture
-from .models.base import Stage
+from .models.base import Recompute, Stage
 from .objectives import Objective, make_objective
 from .optimizers import optimizer_factory
 from .resume import Start, checkpoints_folder
@@ -27,6 +32,22 @@ from .schedule import BatchSizes
 from .watch import Watch
 
 VALIDATION_SEED = 0  # the same rows and masks at every evaluation of every run
+
+
+def mesh_of(config: Config) -> Mesh:
+    """The ranks as the configuration arranges them, on this rank's device; collective.  ValueError where they do not
+    fit it."""
+    device = local_device(int(os.environ.get("LOCAL_RANK", "0")))
+    check_world(config, int(os.environ["WORLD_SIZE"]), device)
+    parallel = config.parallel
+    return Mesh.create(
+        parallel.tensor,
+        parallel.pipeline,
+        device=device,
+        sequence_parallel=parallel.sequence,
+        virtual_stages=parallel.virtual_stages,
+        timeout_seconds=config.training.timeout_seconds,
+    )
 
 
 def with_tokenizer(config: Config) -> tuple[Config, Vocabulary]:
@@ -104,6 +125,20 @@ def microbatches_of(config: Config, mesh: Mesh, batch: Batch) -> tuple[list[Batc
     multiple = 8 * (mesh.tensor.size if mesh.sequence_parallel else 1)
     rows = config.training.micro_batch_size
     return microbatches(batch, rows, multiple=multiple, equal=mesh.pipeline.size > 1)
+
+
+def stage_runner(mesh: Mesh, *, dropout: tuple[int, int] | None, recompute: Recompute = "none") -> Callable[..., Any]:
+    """How the engine runs a chunk of its stage on a microbatch.
+
+    ``dropout``: the (seed, step) that its masks are keyed by; None in evaluation, where correct guesses are counted.
+    """
+
+    def run_stage(module: Callable[..., Any], batch: Batch, received: Tensor | None, chunk: int) -> Any:
+        batch = batch.to(mesh.device)
+        key = None if dropout is None else DropoutKey(*dropout, batch.token_samples.t())
+        return module(batch, received, chunk=chunk, dropout=key, recompute=recompute, count_correct=dropout is None)
+
+    return run_stage
 
 
 def flops_of(config: Config, counts: Counts) -> float:

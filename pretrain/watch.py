@@ -45,3 +45,18 @@ class Watch:
     def load_state(self, state: dict[str, Any]) -> None:
         self.skipped, self.skipped_in_a_row = int(state["skipped"]), int(state["skipped_in_a_row"])
         self.norms.extend(state["norms"])
+
+    def require_progress(self, limit: int, step: int) -> None:
+        """ValueError where ``limit`` steps in a row were skipped, the last of them ``step``."""
+        if self.skipped_in_a_row >= limit:
+            raise ValueError(
+                f"step {step} is number {self.skipped_in_a_row} in a row whose loss or gradient is not finite "
+                "(training.max_skipped_steps): nothing was saved since the last checkpoint; look at spikes.jsonl, "
+                "lower optimizer.lr, lengthen schedule.warmup_steps, or use bfloat16 or float32"
+            )
+
+
+def largest(losses: dict[int, float], count: int = 8) -> dict[int, float]:
+    """The rows with the largest losses, those that are not finite first."""
+    order = sorted(losses, key=lambda row: losses[row] if math.isfinite(losses[row]) else math.inf, reverse=True)
+    return {row: losses[row] for row in order[:count]}

@@ -10,13 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from farspan.pretrain.hardware import model_flops_utilization, peak_flops_per_second
 from farspan.pretrain.metrics import (
     MetricsWriter,
     StepMetrics,
     ValidationMetrics,
     json_line,
-    model_flops_utilization,
-    peak_flops_per_second,
     read_metrics,
 )
 
