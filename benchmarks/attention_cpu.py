@@ -2,7 +2,8 @@
 
 Forward and backward of ``kernels.attention`` in float32, 12 heads of 64 features, q, k and v views of one tensor, full
 rows of documents whose lengths are exponentially distributed.  The two forms run in turn in one process; times are
-medians.  The last columns are what the rule of ``kernels.documents`` expects and what it picks.
+medians, with one thread of the process's own time (what else runs on the machine counts for little), else by the clock
+on the wall.  The last columns are what the rule of ``kernels.documents`` expects and what it picks.
 
     python benchmarks/attention_cpu.py [--threads 1 2] [--pairs 5] [--out benchmarks/attention_cpu]
 """
@@ -81,12 +82,13 @@ def compare(rows: int, length: int, mean: int, p: float, pairs: int) -> dict[str
 
 def in_turn(steps: list[Callable[[], None]], pairs: int) -> list[list[float]]:
     times: list[list[float]] = [[] for _ in steps]
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     for i in range(pairs + 1):
         for kept, step in zip(times, steps, strict=True):
-            began = time.perf_counter()
+            began = clock()
             step()
             if i:  # the first warms up
-                kept.append(time.perf_counter() - began)
+                kept.append(clock() - began)
     return times
 
 
@@ -105,19 +107,20 @@ def main() -> None:
         lines.append(f"| {' | '.join(cells)} |")
         print(lines[-1], flush=True)
     if arguments.out:
-        Path(f"{arguments.out}.md").write_text(page(lines, arguments.pairs))
+        Path(f"{arguments.out}.md").write_text(page(lines, arguments.pairs, arguments.threads))
 
 
-def page(table: list[str], pairs: int) -> str:
+def page(table: list[str], pairs: int, threads: list[int]) -> str:
     lines = [
         "# Attention over packed documents on a CPU: a mask against groups",
         "",
-        f"`python benchmarks/attention_cpu.py --pairs {pairs}`",
+        f"`python benchmarks/attention_cpu.py --threads {' '.join(map(str, threads))} --pairs {pairs}`",
         "",
         f"Forward and backward of one attention, float32, {HEADS} heads of {SIZE} features, rows full of documents of",
         "exponentially distributed lengths (`mean` tokens, cut at the end of a row). `dense`, `grouped`: milliseconds,",
-        "medians of runs in turn; `ratio`: dense over grouped, median over the pairs, with the lowest and the highest;",
-        "`expected`: the same by the rule in `kernels/documents.py`; `picks`: the form that the rule picks.",
+        "medians of runs in turn, with one thread of processor time, with more by the wall clock; `ratio`: dense over",
+        "grouped, median over the pairs, with the lowest and the highest; `expected`: the same by the rule in",
+        "`kernels/documents.py`; `picks`: the form that the rule picks.",
         "",
         *bullets(about("torch")),
         "",
