@@ -1,0 +1,141 @@
+"""The same documents packed into full rows, one a row with padding, and joined without it: the same loss and gradients;
+and what a document gives does not depend on what lies beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from comparison import assert_all_close, assert_close
+from models import Description, counts_of, fill
+from torch import Tensor
+
+from farspan.parallel.mesh import Mesh
+from farspan.pretrain.batch import Batch, microbatches
+from farspan.pretrain.losses import Counts, LossFunction
+from farspan.pretrain.models import ARCHITECTURES
+from farspan.pretrain.models.base import LanguageModel, Stage
+
+LENGTH = 24
+# Of the documents in each packed row; the fourth has padding.
+LENGTHS = [[24], [1, 23], [10, 9, 5], [7, 8], [24], [13, 10, 1]]
+VARIANTS = {
+    "plain": {},
+    "causal": {"is_decoder": True, "tie_word_embeddings": False},
+    "relative": {"position_embedding_type": "relative_key_query"},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """Tokens, and which of them are predicted as what (masked models)."""
+
+    ids: Tensor
+    predicted: Tensor
+    labels: Tensor
+
+
+def documents(vocab_size: int) -> list[list[Document]]:
+    generator = torch.Generator().manual_seed(4)
+
+    def document(length: int) -> Document:
+        ids = torch.randint(3, vocab_size, (length,), generator=generator)
+        # From none (single tokens) to nearly half: uneven on every row.
+        predicted = torch.randperm(length, generator=generator)[: length * (length % 4) // 8].sort().values
+        return Document(ids, predicted, torch.randint(3, vocab_size, (len(predicted),), generator=generator))
+
+    return [[document(length) for length in row] for row in LENGTHS]
+
+
+def batch_of(rows: list[list[Document]], config, attention) -> Batch:
+    """Rows of documents end to end, padding after them."""
+    b, p = len(rows), max(sum(len(d.predicted) for d in row) for row in rows)
+    zeros = torch.zeros(b, LENGTH, dtype=torch.int64)
+    ids, numbers, positions = zeros + (config.pad_token_id or 0), zeros.clone(), zeros.clone()
+    places, labels = torch.zeros(b, p, dtype=torch.int64), torch.zeros(b, p, dtype=torch.int64)
+    weights = torch.zeros(b, p)
+    causal_labels, causal_weights = zeros.clone(), torch.zeros(b, LENGTH)
+    for r, row in enumerate(rows):
+        start = used = 0
+        for number, d in enumerate(row, 1):
+            stop, more = start + len(d.ids), used + len(d.predicted)
+            ids[r, start:stop], numbers[r, start:stop], positions[r, start:stop] = (
+                d.ids,
+                number,
+                torch.arange(len(d.ids)),
+            )
+            places[r, used:more], labels[r, used:more], weights[r, used:more] = start + d.predicted, d.labels, 1
+            causal_labels[r, start : stop - 1], causal_weights[r, start : stop - 1] = d.ids[1:], 1
+            start, used = stop, more
+    batch = Batch(ids, numbers, positions, zeros, torch.arange(b), attention, labels, weights, places)
+    if config.is_decoder:
+        batch = dataclasses.replace(batch, labels=causal_labels, label_weights=causal_weights, label_positions=None)
+    return batch
+
+
+def in_rows_of_one(rows: list[list[Document]]) -> list[list[Document]]:
+    return [[document] for row in rows for document in row]
+
+
+def model_of(described: Description) -> LanguageModel:
+    config = described.config
+    model = ARCHITECTURES[described.model_type](config, Mesh.solo(), stage=Stage.whole(config), heads=("lm",))
+    fill(model, Mesh.solo().tensor)
+    return model
+
+
+def loss_and_gradients(model: LanguageModel, parts: list[Batch], counts: Counts) -> tuple[Tensor, dict[str, Tensor]]:
+    """Microbatch by microbatch, as a step of training does."""
+    model.zero_grad()
+    total = torch.zeros(())
+    for part in parts:
+        loss, _ = LossFunction(("lm",))(model(part), part, counts)
+        loss.backward()
+        total += loss.detach()
+    return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
+def test_packed_padded_and_joined_are_one(model_type, variant):
+    described = Description(model_type, VARIANTS[variant] | {"max_position_embeddings": LENGTH + 2})
+    model, rows = model_of(described), documents(described.config.vocab_size)
+    packed = batch_of(rows, described.config, "document")
+    padded = batch_of(in_rows_of_one(rows), described.config, "padding")
+    counts = counts_of(packed)
+    assert (counts.predictions, counts.tokens) == (counts_of(padded).predictions, counts_of(padded).tokens)
+    wanted = loss_and_gradients(model, [packed], counts)
+    cases = {
+        "packed, microbatches of 2": packed.split(2),
+        "padded": [padded],
+        "padded, microbatches of 1": padded.split(1),
+        "joined": microbatches(padded, padded.rows, multiple=8, equal=False)[0],
+        "joined, microbatches of 2, of one length": microbatches(padded, 2, multiple=8, equal=True)[0],
+    }
+    for name, parts in cases.items():
+        loss, gradients = loss_and_gradients(model, parts, counts)
+        assert_close(loss, wanted[0], f"{name}: loss")
+        # A key's bias has no gradient but for rounding: its row of q, k, v gives the scale.
+        assert_all_close(gradients, wanted[1], f"{name}: gradient of")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
+def test_neighbours_do_not_matter(model_type, variant):
+    described = Description(model_type, VARIANTS[variant] | {"max_position_embeddings": LENGTH + 2})
+    model, rows = model_of(described), documents(described.config.vocab_size)
+    batch = batch_of(rows, described.config, "document")
+    row, number = 2, 2  # the document in the middle of three
+    own = batch.document_ids[row] == number
+    changed_ids = torch.where(own, batch.input_ids[row], batch.input_ids[row].flip(0))
+    changed = dataclasses.replace(
+        batch, input_ids=batch.input_ids.index_copy(0, torch.tensor([row]), changed_ids[None])
+    )
+    with torch.no_grad():
+        before, after = (model(b, output="logits")["logits"][row] for b in (batch, changed))
+    assert_close(after[own], before[own], "logits")
+    assert (after[~own] - before[~own]).abs().max() > 0.1, "the neighbours themselves changed"
+    mixed = dataclasses.replace(batch, document_ids=(batch.document_ids > 0).long())
+    with torch.no_grad():
+        assert (model(mixed, output="logits")["logits"][row][own] - before[own]).abs().max() > 1e-3
