@@ -38,7 +38,8 @@ from farspan.benchmarks.about import about, bullets  # noqa: E402
 from farspan.parallel.engine import Engine  # noqa: E402
 from farspan.parallel.mesh import Mesh  # noqa: E402
 from farspan.pretrain import run  # noqa: E402
-from farspan.pretrain.config import Config, parse_config  # noqa: E402
+from farspan.pretrain.config import Config  # noqa: E402
+from farspan.pretrain.config_file import parse_config  # noqa: E402
 from farspan.pretrain.data.prepare import prepare  # noqa: E402
 from farspan.pretrain.losses import Counts, LossFunction  # noqa: E402
 from farspan.pretrain.objectives import Objective  # noqa: E402

@@ -18,7 +18,8 @@ import yaml
 from pydantic.fields import FieldInfo
 
 from farspan.kernels.activation import ACTIVATIONS
-from farspan.pretrain.config import Config, Section, check_world, parse_config
+from farspan.pretrain.config import Config, Section, check_world
+from farspan.pretrain.config_file import parse_config
 from farspan.pretrain.models import ARCHITECTURES
 from farspan.pretrain.models.config import ModelConfig
 from farspan.pretrain.objectives import OBJECTIVES

@@ -155,7 +155,7 @@ def _train(args: argparse.Namespace) -> int:
     environment = read_environment()
     if environment is not None and args.ranks is not None:
         raise ValueError("--ranks starts ranks on this machine, but a launcher already started them: leave it out")
-    from ..pretrain.config import load_config
+    from ..pretrain.config_file import load_config
 
     config = load_config(args.config, args.overrides)
     if args.print_config:

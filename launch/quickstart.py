@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import farspan
-from farspan.pretrain.config import load_config
+from farspan.pretrain.config_file import load_config
 from farspan.pretrain.data.store import TokenStore
 from farspan.pretrain.metrics import read_metrics
 

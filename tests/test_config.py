@@ -13,7 +13,8 @@ from pydantic import ValidationError
 import farspan
 from farspan.kernels.activation import ACTIVATIONS
 from farspan.launch.cli import main
-from farspan.pretrain.config import Config, Section, check_world, load_config
+from farspan.pretrain.config import Config, Section, check_world
+from farspan.pretrain.config_file import load_config
 from farspan.pretrain.models import ARCHITECTURES
 from farspan.pretrain.models.transformer import TransformerConfig
 

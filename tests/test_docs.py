@@ -15,7 +15,8 @@ import pytest
 
 import farspan
 from farspan.launch.cli import _parser
-from farspan.pretrain.config import Config, _known_keys
+from farspan.pretrain.config import Config
+from farspan.pretrain.config_file import known_keys
 from farspan.pretrain.models import ARCHITECTURES
 from farspan.pretrain.models.config import ModelConfig
 
@@ -66,7 +67,7 @@ def test_the_page_is_what_the_generator_gives() -> None:
 
 def test_the_page_has_every_key() -> None:
     page = text_of(generator().PAGE)
-    missing = [key for key in _known_keys() if f"\n| `{key}`" not in page and f"\n## {key}\n" not in page]
+    missing = [key for key in known_keys() if f"\n| `{key}`" not in page and f"\n## {key}\n" not in page]
     assert missing == []
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from farspan.pretrain.config import check_world, load_config
+from farspan.pretrain.config import check_world
+from farspan.pretrain.config_file import load_config
 from farspan.pretrain.models import ARCHITECTURES
 
 CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"))

@@ -48,6 +48,16 @@ def calls(stub: Callable[[str, str], types.ModuleType]) -> list[Any]:
 from types import SimpleNamespace as Namespace
 calls = []
 parallel = Namespace(tensor=1, pipeline=1, data=None)
+def check_world(config, world_size, device):
+    calls.append(("check_world", world_size, device.type))
+    if world_size == 3:
+        raise ValueError("3 ranks do not fit")
+""",
+    )
+    stub(
+        "farspan.pretrain.config_file",
+        """
+from farspan.pretrain.config import Namespace, calls, parallel
 def load_config(path, overrides):
     calls.append(("load_config", path, overrides))
     if path == "missing.yaml":
@@ -56,10 +66,6 @@ def load_config(path, overrides):
         import fractions
         fractions.Fraction("no number")
     return Namespace(parallel=parallel, to_yaml=lambda: "resolved: true\\n")
-def check_world(config, world_size, device):
-    calls.append(("check_world", world_size, device.type))
-    if world_size == 3:
-        raise ValueError("3 ranks do not fit")
 """,
     )
     stub(

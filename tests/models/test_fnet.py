@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import farspan
 from farspan.parallel.mesh import Mesh
-from farspan.pretrain.config import parse_config
+from farspan.pretrain.config_file import parse_config
 from farspan.pretrain.huggingface import from_huggingface, to_huggingface
 from farspan.pretrain.models import ARCHITECTURES
 

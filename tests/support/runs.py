@@ -91,7 +91,7 @@ def train_here(values: dict[str, Any], **options: Any) -> str | None:
     """On one rank: what ``farspan train`` does there; ``options`` are those of ``train``.  Returns the one line of an
     error of the user's, or None."""
     warnings.simplefilter("ignore")
-    from farspan.pretrain.config import parse_config
+    from farspan.pretrain.config_file import parse_config
     from farspan.pretrain.train import train
 
     try:
