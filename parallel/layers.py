@@ -102,7 +102,7 @@ class RowParallelLinear(tensor_parallel.RowParallelLinear):
 class Linear(nn.Linear):
     """A linear layer that every tensor rank holds whole.  ``mesh``: as for ``LayerNorm``."""
 
-    def __init__(self, inputs: int, outputs: int, *, std: float, mesh: Mesh | None = None) -> None:
+    def __init__(self, mesh: Mesh | None, inputs: int, outputs: int, *, std: float) -> None:
         super().__init__(inputs, outputs)
         self.mesh = mesh
         self.weight: nn.Parameter

@@ -14,15 +14,18 @@ from torch import Tensor, nn
 from farspan.parallel.layers import LayerNorm, Linear, gather_sequence, scatter_sequence
 from farspan.parallel.mesh import Mesh
 from farspan.pretrain.batch import Batch
-from farspan.pretrain.models.base import Context, Embeddings, HuggingFaceKeys, LanguageModel, layer_keys
+from farspan.pretrain.models.base import Context, Embeddings, LanguageModel
 from farspan.pretrain.models.config import ModelConfig
-from farspan.pretrain.models.transformer import (
-    FEED_FORWARD_OUTPUT,
-    FeedForward,
+from farspan.pretrain.models.feed_forward import FeedForward
+from farspan.pretrain.models.huggingface_keys import (
+    HuggingFaceKeys,
     embedding_keys,
     head_aliases,
     head_keys,
+    layer_keys,
 )
+
+FEED_FORWARD_OUTPUT = 0  # the only place of dropout in a layer
 
 
 class FNetConfig(ModelConfig):
@@ -75,7 +78,7 @@ class FNetLayer(nn.Module):
     def forward(self, hidden: Tensor, context: Context) -> Tensor:
         # Mixing needs all positions and features, so every tensor rank does all of it.
         whole = gather_sequence(hidden, self.mesh)
-        mixed = context.run("selective", fourier_mixing, whole, context.documents)
+        mixed = context.run("selective", fourier_mixing, whole, context.documents.document_ids)
         x = self.mixing_norm(hidden + scatter_sequence(mixed, self.mesh))
         keys = context.keys(self.index, FEED_FORWARD_OUTPUT)
         return self.feed_forward_norm.after_dropout_add(self.feed_forward(x), x, self.p, keys)[1]
@@ -86,7 +89,7 @@ class FNetEmbeddings(Embeddings):
 
     def __init__(self, config: FNetConfig, mesh: Mesh) -> None:
         super().__init__(config, mesh, norm=True, positions=True)
-        self.projection = Linear(config.hidden_size, config.hidden_size, std=config.initializer_range, mesh=mesh)
+        self.projection = Linear(mesh, config.hidden_size, config.hidden_size, std=config.initializer_range)
 
     def embed(self, batch: Batch, position_ids: Tensor, context: Context) -> Tensor:
         return self.projection(super().embed(batch, position_ids, context))

@@ -24,15 +24,10 @@ from ...parallel.mesh import Mesh
 from ..batch import Batch
 from .config import ModelConfig
 from .heads import LanguageModelHead, SentenceHead
+from .huggingface_keys import HuggingFaceKeys
 
 EMBEDDING_DROPOUT = 0  # the only place of dropout of layer -1
-HuggingFaceKeys = dict[str, tuple[str, ...]]
 Recompute = Literal["none", "selective", "full"]
-
-
-def layer_keys(logical: str, *huggingface: str) -> HuggingFaceKeys:
-    """The weight and the bias of one layer (several: stacked along a new first dimension)."""
-    return {f"{logical}.{kind}": tuple(f"{name}.{kind}" for name in huggingface) for kind in ("weight", "bias")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,13 +72,12 @@ class Stage:
 class Context:
     """What every layer of a microbatch needs beside the hidden states.
 
-    ``attention``: which tokens see one another.  ``dropout``: the keys of this microbatch's masks; None in evaluation.
+    ``documents``: which tokens see one another.  ``dropout``: the keys of this microbatch's masks; None in evaluation.
     ``part``: the positions whose hidden states this tensor rank has between products (without sequence parallelism,
     all).
     """
 
-    attention: Documents
-    documents: Tensor  # [b, s] int64: which document of its row a position belongs to, 0 for padding
+    documents: Documents
     positions: Tensor  # [s, 1] int64, index in the row: what dropout is keyed by
     dropout: DropoutKey | None
     part: slice
@@ -94,12 +88,12 @@ class Context:
     def of(
         batch: Batch, mesh: Mesh, *, causal: bool, dropout: DropoutKey | None, recompute: Recompute = "none"
     ) -> Context:
-        documents, indices = batch.document_ids, batch.indices
-        part, of_part = sequence_part(documents.shape[1], mesh), dropout
+        indices = batch.indices
+        part, of_part = sequence_part(indices.shape[1], mesh), dropout
         if dropout is not None and batch.joined is not None:  # every position has a sample of its own
             of_part = dataclasses.replace(dropout, samples=dropout.samples[part])
-        attention = Documents.of(documents, indices, batch.attention, causal=causal)
-        return Context(attention, documents, indices[:1].t(), dropout, part, of_part, recompute)
+        documents = Documents.of(batch.document_ids, indices, batch.attention, causal=causal)
+        return Context(documents, indices[:1].t(), dropout, part, of_part, recompute)
 
     def keys(self, layer: int, place: int) -> Tensor | None:
         """Row keys [s, b] of one use of dropout on hidden states (of this rank's part of the sequence)."""
@@ -165,7 +159,7 @@ class LanguageModel(nn.Module):
 
     @classmethod
     def huggingface_keys(cls, config: ModelConfig, heads: tuple[str, ...]) -> HuggingFaceKeys:
-        """Logical name → the Hugging Face tensors that it is (several: stacked along a new first dimension)."""
+        """The Hugging Face tensors that each logical tensor is."""
         raise NotImplementedError
 
     @classmethod

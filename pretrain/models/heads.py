@@ -1,4 +1,7 @@
-"""Heads: what turns the last hidden states into predictions."""
+"""Heads: what turns the last hidden states into predictions.
+
+Every tensor rank has all of these, so layers here get no mesh (see ``parallel.layers.LayerNorm``).
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ class LanguageModelHead(nn.Module):
         """``holds_embedding``: the stage has the word embedding, so a tied head needs no copy of it."""
         super().__init__()
         h, v, std = config.hidden_size, config.vocab_size, config.initializer_range
-        self.dense = Linear(h, h, std=std)
+        self.dense = Linear(None, h, h, std=std)
         self.activation = ACTIVATIONS[activation]
         self.norm = LayerNorm(None, h, config.layer_norm_eps)
         weight: Logical | None = None
@@ -50,8 +53,8 @@ class SentenceHead(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         h, std = config.hidden_size, config.initializer_range
-        self.pooler = Linear(h, h, std=std)
-        self.classifier = Linear(h, 2, std=std)
+        self.pooler = Linear(None, h, h, std=std)
+        self.classifier = Linear(None, h, 2, std=std)
 
     def forward(self, first: Tensor) -> Tensor:
         """first: [b, h], the hidden state of the first token → [b, 2]."""

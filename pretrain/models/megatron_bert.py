@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-from .base import HuggingFaceKeys, LanguageModel, layer_keys
+from .base import LanguageModel
 from .config import ModelConfig
-from .transformer import (
-    PreNormLayer,
-    TransformerConfig,
-    embedding_keys,
-    head_aliases,
-    head_keys,
-    transformer_flops_per_row,
-    transformer_keys,
-)
+from .huggingface_keys import HuggingFaceKeys, embedding_keys, head_aliases, head_keys, layer_keys
+from .transformer import PreNormLayer, TransformerConfig, transformer_flops_per_row, transformer_keys
 
 
 class MegatronBertConfig(TransformerConfig):

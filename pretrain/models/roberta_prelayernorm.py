@@ -9,15 +9,10 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from ..batch import Batch
-from .base import HuggingFaceKeys, LanguageModel, layer_keys
+from .base import LanguageModel
 from .config import ModelConfig
-from .transformer import (
-    PreNormLayer,
-    TransformerConfig,
-    embedding_keys,
-    transformer_flops_per_row,
-    transformer_keys,
-)
+from .huggingface_keys import HuggingFaceKeys, embedding_keys, layer_keys
+from .transformer import PreNormLayer, TransformerConfig, transformer_flops_per_row, transformer_keys
 
 
 class RobertaPreLayerNormConfig(TransformerConfig):

@@ -1,4 +1,4 @@
-"""The pre-norm transformer layer: self-attention and feed-forward, split over the tensor group."""
+"""The pre-norm transformer layer; self-attention, split over the tensor group."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ...kernels.activation import ACTIVATIONS
 from ...kernels.attention import attention
 from ...kernels.dropout import dropout_add, stream
 from ...parallel.layers import (
@@ -20,8 +19,10 @@ from ...parallel.layers import (
     require_divisible,
 )
 from ...parallel.mesh import Mesh
-from .base import Context, HuggingFaceKeys, layer_keys
+from .base import Context
 from .config import ModelConfig
+from .feed_forward import FeedForward
+from .huggingface_keys import HuggingFaceKeys, layer_keys
 
 PositionEmbeddingType = Literal["absolute", "relative_key", "relative_key_query"]
 # Places of dropout within a layer (see kernels.dropout.stream).
@@ -95,7 +96,7 @@ class SelfAttention(nn.Module):
             # Every tensor rank uses the table for its own heads only, so its gradient is a sum over the group.
             table = copy_to_tensor_region(self.distances.weight, self.axis)
         return attention(
-            q, k, v, context.attention, p=self.p, keys=self._weight_keys(context), distances=table,
+            q, k, v, context.documents, p=self.p, keys=self._weight_keys(context), distances=table,
             distance_keys=self.kind == "relative_key_query",
         )  # fmt: skip
 
@@ -106,22 +107,6 @@ class SelfAttention(nn.Module):
         first = self.axis.rank * self.heads
         heads = torch.arange(first, first + self.heads, device=context.positions.device).view(-1, 1, 1)
         return context.dropout.rows(stream(self.index, ATTENTION_WEIGHTS), heads * (1 << 32) + context.positions)
-
-
-class FeedForward(nn.Module):
-    """Two products with an activation between, the inner features split over the tensor group."""
-
-    def __init__(self, config: ModelConfig, mesh: Mesh) -> None:
-        super().__init__()
-        h, i, std = config.hidden_size, config.intermediate_size, config.initializer_range
-        require_divisible("intermediate_size", i, mesh.tensor.size)
-        self.up = ColumnParallelLinear(mesh, h, i, std=std)
-        self.activation = ACTIVATIONS[config.hidden_act]
-        self.down = RowParallelLinear(mesh, i, h, std=std)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [s, b, h] → [s, b, h]"""
-        return self.down(self.activation(self.up(x)))
 
 
 class PreNormLayer(nn.Module):
@@ -171,34 +156,3 @@ def transformer_keys(config: TransformerConfig, index: int, layer: str, *, norms
     if config.position_embedding_type != "absolute":
         keys[f"{ours}.attention.distances.weight"] = (f"{attention}.self.distance_embedding.weight",)
     return keys
-
-
-def embedding_keys(prefix: str) -> HuggingFaceKeys:
-    """The three tables under Hugging Face's BERT names."""
-    tables = {"words": "word", "types": "token_type", "positions": "position"}
-    return {f"embeddings.{ours}.weight": (f"{prefix}embeddings.{hf}_embeddings.weight",) for ours, hf in tables.items()}
-
-
-def head_keys(config: ModelConfig, heads: tuple[str, ...], prefix: str) -> HuggingFaceKeys:
-    """The heads under Hugging Face's BERT names; ``prefix``: what stands before the model's own tensors."""
-    keys: HuggingFaceKeys = {}
-    if "lm" in heads:
-        keys |= layer_keys("lm_head.dense", "cls.predictions.transform.dense")
-        keys |= layer_keys("lm_head.norm", "cls.predictions.transform.LayerNorm")
-        keys["lm_head.decoder.bias"] = ("cls.predictions.bias",)
-        if not config.tie_word_embeddings:
-            keys["lm_head.decoder.weight"] = ("cls.predictions.decoder.weight",)
-    if "nsp" in heads:
-        keys |= layer_keys("sentence_head.pooler", f"{prefix}pooler.dense")
-        keys |= layer_keys("sentence_head.classifier", "cls.seq_relationship")
-    return keys
-
-
-def head_aliases(config: ModelConfig, heads: tuple[str, ...], prefix: str) -> dict[str, str]:
-    """The second names of the tensors of ``head_keys``."""
-    if "lm" not in heads:
-        return {}
-    aliases = {"cls.predictions.decoder.bias": "cls.predictions.bias"}
-    if config.tie_word_embeddings:
-        aliases["cls.predictions.decoder.weight"] = f"{prefix}embeddings.word_embeddings.weight"
-    return aliases

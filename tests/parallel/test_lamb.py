@@ -159,7 +159,7 @@ class Net(nn.Module):
         self.up = ColumnParallelLinear(mesh, H, INNER, std=1.0)
         self.down = RowParallelLinear(mesh, INNER, H, std=1.0)
         self.norm = LayerNorm(mesh, H, 1e-5)
-        self.out = Linear(H, OUT, std=1.0)
+        self.out = Linear(None, H, OUT, std=1.0)
         fill(self, mesh.tensor, std=0.5)
 
     def forward(self, ids):

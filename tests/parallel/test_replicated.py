@@ -20,7 +20,7 @@ ADAMW = {"betas": (0.9, 0.95), "eps": 1e-6, "fused": True}
 
 
 def make_module():
-    module = nn.Sequential(Linear(6, 10, std=1.0), LayerNorm(None, 10, 1e-5), Linear(10, 4, std=1.0))
+    module = nn.Sequential(Linear(None, 6, 10, std=1.0), LayerNorm(None, 10, 1e-5), Linear(None, 10, 4, std=1.0))
     fill(module, Mesh.solo().tensor, std=0.5)
     return module
 
@@ -109,7 +109,7 @@ def test_state_goes_on_where_it_was(dtype):
     assert_identical(whole[1], parts[1])
     assert_identical(whole[2], parts[2])
     assert any(key.endswith(".master") for key in whole[2]) == (dtype is torch.bfloat16)
-    module = nn.Sequential(Linear(6, 9, std=1.0), LayerNorm(None, 9, 1e-5), Linear(9, 4, std=1.0))
+    module = nn.Sequential(Linear(None, 6, 9, std=1.0), LayerNorm(None, 9, 1e-5), Linear(None, 9, 4, std=1.0))
     optimizer = ReplicatedOptimizer(module, Mesh.solo(), make_adamw, clip=0.0)
     with pytest.raises(ValueError, match=r"has shape \(10, 6\) where \(9, 6\) is needed"):
         optimizer.load_state(whole[2])
