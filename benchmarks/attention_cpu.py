@@ -71,6 +71,7 @@ def compare(rows: int, length: int, mean: int, p: float, pairs: int) -> dict[str
     times = in_turn([step(form) for form in FORMS], pairs)
     ratios = [a / b for a, b in zip(*times, strict=True)]
     rule = Documents.of(ids, index.expand(rows, length), "document", causal=False)
+    assert rule.stretches is not None
     dense, grouped = rule.costs(HEADS * SIZE)
     return {
         "rows": rows, "length": length, "mean": mean, "dropout": p, "documents": len(rule.stretches.lengths),
