@@ -102,3 +102,12 @@ def test_the_command_is_installed() -> None:
     assert command is not None, "install the clone: pip install -e ."
     ended = subprocess.run([command, "--version"], capture_output=True, text=True, check=True)
     assert ended.stdout == f"farspan {VERSION}\n"
+
+
+def test_files_can_be_read_in_one_go() -> None:
+    folders = ("kernels", "parallel", "pretrain", "launch", "benchmarks", "docs", "tests")
+    paths = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in paths}
+    assert {path: lines for path, lines in lengths.items() if lines > 600} == {}
+    assert lengths[ROOT / "pretrain/train.py"] <= 250
+    assert len(lengths) > 60
