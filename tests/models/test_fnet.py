@@ -80,12 +80,6 @@ class TestFNet(ArchitectureSuite):
     model_type = "fnet"
     variants = VARIANTS
     compared_rows = "full"
-    # The reference here is the installed transformers.
-    test_there_are_reference_cases = None
-    test_golden_outputs_and_gradients = None
-    test_golden_needs_every_parameter = None
-    test_conversion_there_and_back = None
-    test_conversion_through_shards = None
 
 
 # Mixing.

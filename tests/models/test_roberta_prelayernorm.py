@@ -1,8 +1,9 @@
 from __future__ import annotations
 
-from architecture_suite import COMMON, RELATIVE_POSITIONS, ArchitectureSuite
+from architecture_suite import COMMON, RELATIVE_POSITIONS
+from reference_suite import ReferenceSuite
 
 
-class TestRobertaPreLayerNorm(ArchitectureSuite):
+class TestRobertaPreLayerNorm(ReferenceSuite):
     model_type = "roberta-prelayernorm"
     variants = COMMON | RELATIVE_POSITIONS

@@ -4,7 +4,7 @@
         model_type = "megatron-bert"
         variants = COMMON | RELATIVE_POSITIONS
 
-The reference cases are those of tests/golden whose config.json has this model_type.
+One that the product has takes ``ReferenceSuite`` instead (``reference_suite``), which adds cases of tests/golden.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from comparison import FLOPS, assert_all_close, assert_close, assert_differs, assert_identical, difference, merge
-from models import Description, Result, counts_of, dropout_key, loss_of, make_batch, training_pass
-from safetensors.torch import load_file
+from comparison import FLOPS, assert_all_close, assert_close, assert_differs, assert_identical, merge
+from models import Description, Result, counts_of, dropout_key, loss_of, make_batch, save_weights, training_pass
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -30,12 +29,10 @@ from farspan.parallel.mesh import Mesh
 from farspan.parallel.sharding import initialize, logical_of
 from farspan.pretrain import checkpoint as ckpt
 from farspan.pretrain.batch import AttentionKind, microbatches
-from farspan.pretrain.huggingface import from_huggingface, model_of, to_huggingface
+from farspan.pretrain.huggingface import to_huggingface
 from farspan.pretrain.losses import LossFunction
 from farspan.pretrain.models.base import LanguageModel, Stage
 from farspan.pretrain.models.config import ModelConfig
-
-GOLDEN = Path(__file__).parents[1] / "golden"
 
 # Variants of the tiny model: fields of its configuration.
 COMMON: dict[str, dict[str, Any]] = {
@@ -55,17 +52,15 @@ RELATIVE_POSITIONS: dict[str, dict[str, Any]] = {
 ATTENTION = ("full", "padding", "document")
 
 
-def golden_folders(model_type: str) -> list[Path]:
-    found = [path.parent for path in GOLDEN.glob("*/config.json")]
-    return sorted(path for path in found if json.loads((path / "config.json").read_text())["model_type"] == model_type)
-
-
 # What runs on the ranks.
 
 
-def tensor_passes(mesh: Mesh, described: Description, cases: list[tuple[str, bool]]) -> tuple[Any, list[Result]]:
+def tensor_passes(
+    mesh: Mesh, described: Description, cases: list[tuple[str, bool]], *, sequence_parallel: bool = False
+) -> tuple[Any, list[Result]]:
     """Initial values by name, and a training pass for each (attention, whether with dropout)."""
     torch.set_num_threads(1)
+    mesh = dataclasses.replace(mesh, sequence_parallel=sequence_parallel)
     model = described.build(mesh)
     initialize(model, seed=8, axis=mesh.tensor)
     initial = {name: (logical_of(p), p.detach().clone()) for name, p in model.named_parameters()}
@@ -76,22 +71,6 @@ def tensor_passes(mesh: Mesh, described: Description, cases: list[tuple[str, boo
 def run_case(model: LanguageModel, attention: Any, dropping: bool) -> Result:
     batch = make_batch(model.config, attention)
     return training_pass(model, batch, dropout_key(batch) if dropping else None)
-
-
-def rewrite_in_shards(mesh: Mesh, source: Path, root: Path) -> None:
-    """Read a checkpoint of weights into a model on this mesh, and save it as a training run of that layout would."""
-    reader = ckpt.Reader(source)
-    cls, config, heads = model_of(reader.manifest)
-    stage = Stage.of(config, mesh.pipeline.rank, mesh.pipeline.size)
-    model = cls(config, mesh, stage=stage, heads=heads)
-    ckpt.load_weights(model, reader, mesh.tensor)
-    save_weights(model, mesh, root, dataclasses.replace(reader.manifest, step=1, tensors={}))
-
-
-def save_weights(model: LanguageModel, mesh: Mesh, root: Path, manifest: ckpt.Manifest) -> Path:
-    parameters = [(name, p, p.detach()) for name, p in model.named_parameters()]
-    weights, entries = ckpt.local_slices(parameters, mesh.tensor, ckpt.weights_file(mesh))
-    return ckpt.save(root, manifest, mesh, weights=weights, entries=entries, optimizer={}, tokenizer=None, keep_last=0)
 
 
 @contextlib.contextmanager
@@ -108,9 +87,6 @@ class ArchitectureSuite:
     compared_rows: ClassVar[AttentionKind] = "padding"  # rows that transformers computes as Farspan does
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        if "golden" in metafunc.fixturenames:
-            folders = golden_folders(self.model_type)
-            metafunc.parametrize("golden", folders, ids=[folder.name for folder in folders])
         if "variant" in metafunc.fixturenames:
             metafunc.parametrize("variant", self.variants)
 
@@ -123,46 +99,6 @@ class ArchitectureSuite:
         return Description(self.model_type, self.variants[variant] | fields)
 
     # Against the public model classes.
-
-    def test_there_are_reference_cases(self) -> None:
-        assert len(golden_folders(self.model_type)) >= 2
-
-    def test_golden_outputs_and_gradients(self, golden: Path) -> None:
-        inputs, expected = load_file(golden / "inputs.safetensors"), load_file(golden / "outputs.safetensors")
-        model = load(golden)
-        output = model(**inputs)
-        output.loss.backward()
-        real = inputs["attention_mask"] == 1
-        assert_close(output.logits[real], expected["logits"][real], "logits")
-        assert_close(output.loss, expected["loss"], "loss")
-        if "seq_relationship_logits" in expected:
-            assert_close(output.seq_relationship_logits, expected["seq_relationship_logits"], "sentence logits")
-        gradients = {name.removeprefix("grad."): g for name, g in expected.items() if name.startswith("grad.")}
-        # A key bias has no gradient but for rounding (see golden/README.md): its neighbour gives the scale.
-        scale = lambda name: name.replace(".key.bias", ".query.bias")  # noqa: E731
-        assert_all_close(model.huggingface_gradients(), gradients, "gradient of", scale)
-        for name, gradient in gradients.items():
-            if not name.endswith(".key.bias"):
-                assert_differs(model.huggingface_gradients()[name].flatten().roll(1), gradient.flatten(), name)
-
-    def test_golden_needs_every_parameter(self, golden: Path) -> None:
-        """The comparison above sees a change of any parameter that the model reads."""
-        inputs, expected = load_file(golden / "inputs.safetensors"), load_file(golden / "outputs.safetensors")
-        real = inputs["attention_mask"] == 1
-        model = load(golden)
-        for name, parameter in model.network.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            kept = parameter.detach().clone()
-            with torch.no_grad():
-                parameter.mul_(1.1)
-                output = model(**inputs)
-                parameter.copy_(kept)
-            found = difference(output.logits[real], expected["logits"][real])
-            if output.seq_relationship_logits is not None:
-                theirs = expected["seq_relationship_logits"]
-                found = max(found, difference(output.seq_relationship_logits, theirs))
-            assert found > 1e-4, f"{name} does not matter ({found:.1e})"
 
     def test_export_loads_in_transformers(self, variant: str, tmp_path: Path) -> None:
         described, mesh = self.described(variant), Mesh.solo()
@@ -199,44 +135,16 @@ class ArchitectureSuite:
         output = dict(model.eval()(**inputs))
         return {"logits": output.pop("prediction_logits", None), **output}
 
-    # Conversion there and back.
-
-    def test_conversion_there_and_back(self, golden: Path, tmp_path: Path) -> None:
-        from_huggingface(golden, tmp_path / "checkpoint")
-        self._assert_exports(tmp_path / "checkpoint", golden, tmp_path / "hf")
-
-    def test_conversion_through_shards(self, ranks: Any, golden: Path, tmp_path: Path) -> None:
-        from_huggingface(golden, tmp_path / "checkpoint")
-        layouts = [{"tensor": 2}]
-        if json.loads((golden / "config.json").read_text())["num_hidden_layers"] > 1:
-            layouts.append({"pipeline": 2})
-        for layout in layouts:
-            root = tmp_path / next(iter(layout))
-            ranks.on_mesh(rewrite_in_shards, tmp_path / "checkpoint", root, **layout)
-            files = sorted(path.name for path in ckpt.find(root).glob("weights-*"))
-            assert len(files) == 2, files
-            for name, entry in ckpt.Reader(ckpt.find(root)).manifest.tensors.items():
-                kept = sum(shard["stop"] - shard["start"] for shard in entry["shards"])
-                assert entry["dim"] is None or kept == entry["shape"][entry["dim"]], f"{name}: padding was saved"
-            self._assert_exports(root, golden, root / "hf")
-
-    def _assert_exports(self, checkpoint: Path, source: Path, out: Path) -> None:
-        from transformers import AutoConfig
-
-        to_huggingface(checkpoint, out)
-        assert_identical(load_file(out / "model.safetensors"), load_file(source / "model.safetensors"))
-        ours, theirs = (AutoConfig.from_pretrained(folder).to_dict() for folder in (out, source))
-        assert {k: v for k, v in ours.items() if k != "_name_or_path"} == {
-            k: v for k, v in theirs.items() if k != "_name_or_path"
-        }
-
     # One model, however it is spread.
 
-    def test_sharded_equals_whole(self, ranks: Any, variant: str) -> None:
+    @pytest.mark.parametrize("sequence_parallel", [False, True], ids=["tensor", "sequence"])
+    def test_sharded_equals_whole(self, ranks: Any, variant: str, sequence_parallel: bool) -> None:
         described = self.described(variant)
         cases = [(attention, dropping) for attention in ATTENTION for dropping in (False, True)]
         whole_initial, whole = tensor_passes(Mesh.solo(), described, cases)
-        (first_initial, first), (second_initial, second) = ranks.on_mesh(tensor_passes, described, cases, tensor=2)
+        (first_initial, first), (second_initial, second) = ranks.on_mesh(
+            tensor_passes, described, cases, tensor=2, sequence_parallel=sequence_parallel
+        )
         assert_identical(
             {name: merge([first_initial[name], second_initial[name]]) for name in first_initial},
             {name: merge([value]) for name, value in whole_initial.items()},

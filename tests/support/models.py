@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from farspan.kernels.dropout import DropoutKey
 from farspan.parallel.mesh import Axis, Mesh
 from farspan.parallel.sharding import initial_value, logical_name, logical_of
+from farspan.pretrain import checkpoint as ckpt
 from farspan.pretrain.batch import AttentionKind, Batch
 from farspan.pretrain.losses import Counts, LossFunction
 from farspan.pretrain.models import architecture
@@ -146,3 +148,10 @@ def training_pass(model: LanguageModel, batch: Batch, dropout: DropoutKey | None
         {"loss": loss.detach(), **{name: value.detach() for name, value in outputs.items()}},
         {n: (logical_of(p), p.grad.clone()) for n, p in model.named_parameters() if p.grad is not None},
     )
+
+
+def save_weights(model: LanguageModel, mesh: Mesh, root: Path, manifest: ckpt.Manifest) -> Path:
+    """As a training run saves them; collective.  Returns the folder."""
+    parameters = [(name, p, p.detach()) for name, p in model.named_parameters()]
+    weights, entries = ckpt.local_slices(parameters, mesh.tensor, ckpt.weights_file(mesh))
+    return ckpt.save(root, manifest, mesh, weights=weights, entries=entries, optimizer={}, tokenizer=None, keep_last=0)
