@@ -186,7 +186,8 @@ class VocabParallelEmbedding(tensor_parallel.VocabParallelEmbedding):
         if self.padding_index is None:
             return x
         padding = ids[sequence_part(len(ids), self.mesh)] == self.padding_index
-        return torch.where(padding.unsqueeze(-1), x.detach(), x)
+        # torch.where lays its result out in memory as its first operand: ids may be a transposed batch.
+        return torch.where(padding.contiguous().unsqueeze(-1), x.detach(), x)
 
 
 def word_table(

@@ -94,7 +94,9 @@ class Schedule:
                 return value * count, statistics  # megatron-core divides by the number of microbatches
 
             with _plain_torch(self.mesh):
-                return view(microbatch), scaled_loss
+                output = view(microbatch)
+            # What flows to the next stage is sent as it lies in memory.
+            return output.contiguous() if isinstance(output, Tensor) else output, scaled_loss
 
         gradients = torch.no_grad() if forward_only else contextlib.nullcontext()
         with cpu.cuda_means_cpu(), gradients:
