@@ -20,8 +20,8 @@ Form = Literal["dense", "grouped", "varlen"]
 # The rule, in what it costs one query to meet one key.  A query costs QUERY beside the keys that it meets (reading,
 # normalising, writing), and GATHER more where it is gathered.  On a CPU fitted to benchmarks/attention_cpu.md.
 QUERY, GATHER = 25, 25
-# What launching the kernels of a group costs, times the features of all heads: a CPU's is measured, a GPU's estimated
-# (150 µs at 50 TFLOP/s).
+# What launching the kernels of a group costs, times the features of all heads: a CPU's (a thread) is measured, a GPU's
+# estimated (150 µs at 50 TFLOP/s).
 LAUNCH = {"cpu": 7e5, "cuda": 5e8}
 
 
@@ -78,7 +78,9 @@ class Documents:
         return self._costs[width]
 
     def _launch(self, width: int) -> float:
-        return LAUNCH.get(self.document_ids.device.type, LAUNCH["cuda"]) / width
+        if self.document_ids.device.type == "cpu":
+            return LAUNCH["cpu"] * torch.get_num_threads() / width  # launching is not shared among threads
+        return LAUNCH["cuda"] / width
 
     def _padded(self, width: int) -> Tensor:
         """[documents] the longest length in the group of each.  From the longest down, a length joins the group before

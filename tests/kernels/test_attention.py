@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -30,6 +31,15 @@ from farspan.kernels.documents import Documents, Form
 
 FORMS: tuple[Form, ...] = ("dense", "grouped")
 ONE_A_ROW = {"padding": [[(1, n), (0, 9 - n)] for n in (9, 4, 1, 5)], "left": [[(0, 3), (1, 6)], [(1, 9)], [(0, 9)]]}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Threads only slow tiny tensors down, and the rule counts them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=[0.0, math.inf], ids=["a group a length", "one group"])
@@ -271,6 +281,15 @@ def test_the_form_follows_the_lengths() -> None:
     assert chosen((torch.arange(512) < 508).long().expand(8, 512), "padding") == "dense"
     assert chosen(torch.zeros(2, 9, dtype=torch.int64), "padding") == "dense"
     assert chosen(ids_of([20, 30], 512, 8), "document", form="dense") == "dense"
+
+
+def test_threads_share_the_work_but_not_the_launches() -> None:
+    documents = Documents.of(ids_of([20, 30], 128, 8), torch.arange(128).expand(8, 128), "document", causal=False)
+    alone = documents.costs(768)
+    torch.set_num_threads(2)
+    shared = Documents.of(documents.document_ids, torch.arange(128).expand(8, 128), "document", causal=False).costs(768)
+    assert shared[0] - alone[0] == pytest.approx(module.LAUNCH["cpu"] / 768)
+    assert shared[1] > alone[1]
 
 
 def test_full_rows_need_no_mask() -> None:
