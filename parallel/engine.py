@@ -140,10 +140,7 @@ class Engine:
 
     def _sum_over_ranks(self, values: Tensor) -> Tensor:
         """Over replicas and stages; the ranks of a tensor group have the same."""
-        for axis in (self.mesh.data, self.mesh.pipeline):
-            if axis.size > 1:
-                dist.all_reduce(values, group=axis.group)
-        return values
+        return self.mesh.pipeline.all_reduce(self.mesh.data.all_reduce(values))
 
     # State.
 

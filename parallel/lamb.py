@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layers import all_reduce
 from .mesh import Axis
 from .norms import sums_of_squares
 
@@ -156,7 +155,7 @@ class Lamb(torch.optim.Optimizer):
         if held:
             squares[held] = torch.stack((sums_of_squares(weight_parts), sums_of_squares(update_parts)), dim=1)
         for axis in self._axes:
-            all_reduce(squares, axis)
+            axis.all_reduce(squares)
         # What several ranks hold copies of is counted as often in both norms.
         weights_sum, updates_sum = squares.unbind(dim=1)
         ratios = torch.where((weights_sum > 0) & (updates_sum > 0), (weights_sum / updates_sum).sqrt(), 1.0).tolist()

@@ -11,8 +11,6 @@ in between (norms, biases, small tables) are summed over the group.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -21,7 +19,8 @@ from megatron.core.model_parallel_config import ModelParallelConfig
 from torch import Tensor, nn
 
 from ..kernels.layer_norm import dropout_add_layer_norm, layer_norm
-from .mesh import Axis, Mesh
+from .mappings import copy_to_tensor_region, on_sequence_part, sequence_part
+from .mesh import Mesh
 from .sharding import Logical
 
 PADDING_LOGIT = -1e30  # exp() of it is 0; -inf in fp16, which does as well
@@ -231,8 +230,7 @@ class VocabParallelHead(nn.Module):
 
     def local_logits(self, x: Tensor, weight: Tensor) -> Tensor:
         """x: [..., features] → this rank's logits [..., padded/tensor], padding at PADDING_LOGIT."""
-        if self.axis.size > 1:
-            x = tensor_parallel.copy_to_tensor_model_parallel_region(x, group=self.axis.group)
+        x = copy_to_tensor_region(x, self.axis)
         return F.linear(x, weight, self.bias + self.padding_bias)
 
     def logits(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -256,56 +254,7 @@ class VocabParallelHead(nn.Module):
 
     def _correct(self, logits: Tensor, labels: Tensor) -> Tensor:
         best, index = logits.max(-1)
-        if self.axis.size > 1:
-            best = all_reduce(best.clone(), self.axis, dist.ReduceOp.MAX)
+        best = self.axis.all_reduce(best.clone(), dist.ReduceOp.MAX)
         owner = labels - self.axis.rank * self.part == index
         here = (owner & (logits.gather(-1, index.unsqueeze(-1)).squeeze(-1) == best)).float()
-        return all_reduce(here, self.axis)
-
-
-def sequence_part(length: int, mesh: Mesh) -> slice:
-    """The positions whose hidden states this tensor rank has between products: all, without sequence parallelism."""
-    if not mesh.sequence_parallel:
-        return slice(0, length)
-    if length % mesh.tensor.size:
-        raise ValueError(
-            f"rows of {length} tokens do not split over parallel.tensor {mesh.tensor.size}, as parallel.sequence "
-            "needs: set data.sequence_length to a multiple"
-        )
-    part = length // mesh.tensor.size
-    return slice(mesh.tensor.rank * part, (mesh.tensor.rank + 1) * part)
-
-
-def on_sequence_part(parameter: Tensor, mesh: Mesh) -> Tensor:
-    """A parameter that every tensor rank uses on its own part of the sequence: its gradient is the sum over them."""
-    return copy_to_tensor_region(parameter, mesh.tensor) if mesh.sequence_parallel else parameter
-
-
-def gather_sequence(x: Tensor, mesh: Mesh) -> Tensor:
-    """[s/tensor, b, h] → [s, b, h] on every tensor rank, for what all of them go on to compute alike."""
-    if not mesh.sequence_parallel:
-        return x
-    return tensor_parallel.gather_from_sequence_parallel_region(
-        x, tensor_parallel_output_grad=False, group=mesh.tensor.group
-    )
-
-
-def scatter_sequence(x: Tensor, mesh: Mesh) -> Tensor:
-    """[s, b, h], the same on every tensor rank → this rank's part [s/tensor, b, h]."""
-    if not mesh.sequence_parallel:
-        return x
-    return tensor_parallel.scatter_to_sequence_parallel_region(x, group=mesh.tensor.group)
-
-
-def copy_to_tensor_region(x: Tensor, axis: Axis) -> Tensor:
-    """The identity, whose gradient is summed over the tensor group: for what each rank uses a part of."""
-    if axis.size == 1:
-        return x
-    return tensor_parallel.copy_to_tensor_model_parallel_region(x, group=axis.group)
-
-
-def all_reduce(x: Tensor, axis: Axis, op: Any = dist.ReduceOp.SUM) -> Tensor:
-    """In place over the ranks of an axis; nothing to do for one."""
-    if axis.size > 1:
-        dist.all_reduce(x, op=op, group=axis.group)
-    return x
+        return self.axis.all_reduce(here)

@@ -1,7 +1,7 @@
 """The mesh: tensor, pipeline and data sizes, this rank's place on each axis, and the process groups.
 
 Ranks are ordered as megatron-core orders them (tensor fastest, then data, then pipeline).  The mesh is built once and
-passed explicitly; nothing but this module, ``pipeline`` and ``engine`` looks at megatron-core's global state.
+passed explicitly; nothing but this module writes megatron-core's global state, and nothing but megatron-core reads it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 
 class SoloGroup:
@@ -39,6 +40,12 @@ class Axis:
     @property
     def last(self) -> bool:
         return self.rank == self.size - 1
+
+    def all_reduce(self, x: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
+        """In place over the ranks of the axis; nothing to do for one."""
+        if self.size > 1:
+            dist.all_reduce(x, op=op, group=self.group)
+        return x
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from .lamb import Contents, Lamb
@@ -86,8 +85,8 @@ class ReplicatedOptimizer:
     def step(self, learning_rate: float, scale: float) -> float:
         """Reduce, divide by the loss's ``scale``, clip, update.  Returns the global gradient norm before clipping;
         where it is not finite nothing is updated."""
-        if self.flat is not None and self.mesh.data.size > 1:
-            dist.all_reduce(self.flat, group=self.mesh.data.group)
+        if self.flat is not None:
+            self.mesh.data.all_reduce(self.flat)
         norm = self._norm() / scale
         if not math.isfinite(norm):
             return norm
@@ -111,9 +110,7 @@ class ReplicatedOptimizer:
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         for gradient in counted:
             total += sum_of_squares(gradient)
-        if self.mesh.model.size > 1:
-            dist.all_reduce(total, group=self.mesh.model.group)
-        return total.sqrt().item()
+        return self.mesh.model.all_reduce(total).sqrt().item()
 
     def whole(self, parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager[Any]:
         """Inside, the parameters have all their values (they always do here)."""

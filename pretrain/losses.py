@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..parallel.layers import all_reduce
 from ..parallel.mesh import Mesh
 from .batch import Batch
 
@@ -30,7 +29,7 @@ class Counts:
         """``batch``: this data rank's part of the global batch, on the CPU; collective over the data group."""
         local = [batch.label_weights.sum().item(), batch.rows, (batch.document_ids > 0).sum().item()]
         total = torch.tensor(local, dtype=torch.float64, device=mesh.device)
-        return Counts(*all_reduce(total, mesh.data).tolist())
+        return Counts(*mesh.data.all_reduce(total).tolist())
 
 
 @dataclasses.dataclass(frozen=True)

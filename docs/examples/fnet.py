@@ -11,7 +11,8 @@ import torch
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from farspan.parallel.layers import LayerNorm, Linear, gather_sequence, scatter_sequence
+from farspan.parallel.layers import LayerNorm, Linear
+from farspan.parallel.mappings import gather_sequence, scatter_sequence
 from farspan.parallel.mesh import Mesh
 from farspan.pretrain.batch import Batch
 from farspan.pretrain.models.base import Context, Embeddings, LanguageModel

@@ -19,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ...kernels.documents import Documents
 from ...kernels.dropout import DropoutKey, dropout, stream
-from ...parallel.layers import Embedding, LayerNorm, VocabParallelEmbedding, gather_sequence, sequence_part
+from ...parallel.layers import Embedding, LayerNorm, VocabParallelEmbedding
+from ...parallel.mappings import gather_sequence, sequence_part
 from ...parallel.mesh import Mesh
 from ..batch import Batch
 from .config import ModelConfig

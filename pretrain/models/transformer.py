@@ -10,14 +10,8 @@ from torch import Tensor, nn
 
 from ...kernels.attention import attention
 from ...kernels.dropout import dropout_add, stream
-from ...parallel.layers import (
-    ColumnParallelLinear,
-    Embedding,
-    LayerNorm,
-    RowParallelLinear,
-    copy_to_tensor_region,
-    require_divisible,
-)
+from ...parallel.layers import ColumnParallelLinear, Embedding, LayerNorm, RowParallelLinear, require_divisible
+from ...parallel.mappings import copy_to_tensor_region
 from ...parallel.mesh import Mesh
 from .base import Context
 from .config import ModelConfig

@@ -16,11 +16,11 @@ from farspan.parallel.layers import (
     RowParallelLinear,
     VocabParallelEmbedding,
     VocabParallelHead,
-    copy_to_tensor_region,
     padded_vocabulary,
     require_divisible,
     word_table,
 )
+from farspan.parallel.mappings import copy_to_tensor_region
 from farspan.parallel.mesh import Mesh
 from farspan.parallel.sharding import logical_of
 
