@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Kind = Literal["full", "padding", "document"]
+AttentionKind = Literal["full", "padding", "document"]
 Form = Literal["dense", "grouped", "varlen"]
 
 # The rule, in what it costs one query to meet one key.  A query costs QUERY beside the keys that it meets (reading,
@@ -30,7 +30,7 @@ class Documents:
     """Which tokens of a microbatch see one another: made once per microbatch, used by every layer."""
 
     document_ids: Tensor  # [b, s]
-    kind: Kind
+    kind: AttentionKind
     causal: bool
     stretches: Stretches | None  # None: every token sees every token of its row
     wanted: Form | None
@@ -38,7 +38,9 @@ class Documents:
     _grouped: dict[int, tuple[Slots, list[Group]]] = dataclasses.field(default_factory=dict, init=False)
 
     @staticmethod
-    def of(document_ids: Tensor, indices: Tensor, kind: Kind, *, causal: bool, form: Form | None = None) -> Documents:
+    def of(
+        document_ids: Tensor, indices: Tensor, kind: AttentionKind, *, causal: bool, form: Form | None = None
+    ) -> Documents:
         """
         document_ids: [b, s] int64; 0 is padding, other numbers are the documents of a row, each in one stretch of it.
         indices: [b, s] int64, every token's index in its own row of the run; consecutive in a document.  They restart

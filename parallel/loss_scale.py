@@ -1,5 +1,8 @@
-"""Dynamic loss scaling for float16 (arXiv 1710.03740, section 3.2): the loss is multiplied by a power of two before the
-backward pass, so that small gradients do not vanish, and the gradients are divided by it before the update."""
+"""Dynamic loss scaling for float16 (arXiv 1710.03740, section 3.2).
+
+The loss is multiplied by a scale before the backward pass, so that small gradients do not vanish, and the gradients are
+divided by it before the update.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What is done to activations between the layers of a tensor group, and its transpose in the backward pass.
 
 With sequence parallelism (arXiv 2205.05198, section 4.2.2) each tensor rank has a part of the sequence between the
-tensor-parallel products.  Without it only ``copy_to_tensor_region`` does something, and on one tensor rank nothing does.
+tensor-parallel products.  Without it only ``copy_to_tensor_region`` does something; on one tensor rank nothing does.
 """
 
 from __future__ import annotations

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-AttentionKind = Literal["full", "padding", "document"]
+from ..kernels.documents import AttentionKind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Batch:
     labels: Tensor  # [b, p] int64; any valid token where the weight is 0
     label_weights: Tensor  # [b, p] float32
     label_positions: Tensor | None = None  # [b, p] int64
-    sentence_labels: Tensor | None = None  # [b] int64: 0 the second segment follows the first, 1 it does not
+    sentence_labels: Tensor | None = None  # [b] int64: 0 the second segment follows the first, else 1
     joined: Joined | None = None
 
     @property

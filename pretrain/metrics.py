@@ -36,7 +36,7 @@ class StepMetrics:
     peak_memory_bytes: int | None = None  # of the device, the largest over the ranks
     loss_scale: float | None = None  # float16: what the loss was multiplied by
     skipped_steps: int = 0  # so far in the run: steps whose loss or gradient was not finite
-    parts: Mapping[str, float] = dataclasses.field(default_factory=dict)  # further named losses: masked_lm_loss, ...
+    parts: Mapping[str, float] = dataclasses.field(default_factory=dict)  # of the loss: lm_loss, sentence_loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +54,18 @@ class ValidationMetrics:
             return math.exp(self.loss)
         except OverflowError:
             return math.inf
+
+
+@dataclasses.dataclass(frozen=True)
+class SpikeMetrics:
+    """A step to look at: what is wrong with it, and the samples whose loss was largest (or not finite)."""
+
+    step: int
+    reason: str
+    loss: float
+    grad_norm: float
+    samples: range  # indices of the rows of this step, over the whole run
+    worst: Mapping[int, float]  # sample → mean loss of its predictions in nats, the largest first
 
 
 def json_line(values: Mapping[str, Any]) -> str:
@@ -109,18 +121,6 @@ def _drop_after(path: Path, step: int) -> None:
         os.fsync(new.fileno())
     beside.replace(path)
     sync(path.parent)
-
-
-@dataclasses.dataclass(frozen=True)
-class SpikeMetrics:
-    """A step to look at: what is wrong with it, and the samples whose loss was largest (or not finite)."""
-
-    step: int
-    reason: str
-    loss: float
-    grad_norm: float
-    samples: range  # indices of the rows of this step, over the whole run
-    worst: Mapping[int, float]  # sample → mean loss of its predictions in nats, the largest first
 
 
 class MetricsWriter:

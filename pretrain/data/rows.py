@@ -61,10 +61,6 @@ class Rows(abc.ABC):
         self.sequence_length = sequence_length
         self.seed = seed
 
-    def epoch_of(self, indices: Int64) -> Int64:
-        """How many times the split had been read before each of these rows."""
-        return indices // self.rows_per_epoch
-
     def rows(self, indices: Int64) -> RowArrays:
         """The rows with these indices (int64 [b], from 0, no upper end)."""
         epochs, places = np.divmod(np.asarray(indices, np.int64), self.rows_per_epoch)

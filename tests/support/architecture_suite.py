@@ -24,11 +24,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from farspan import load
+from farspan.kernels.documents import AttentionKind
 from farspan.kernels.dropout import DropoutKey
 from farspan.parallel.mesh import Mesh
 from farspan.parallel.sharding import initialize, logical_of
 from farspan.pretrain import checkpoint as ckpt
-from farspan.pretrain.batch import AttentionKind, microbatches
+from farspan.pretrain.batch import microbatches
 from farspan.pretrain.huggingface import to_huggingface
 from farspan.pretrain.losses import LossFunction
 from farspan.pretrain.models.base import LanguageModel, Stage

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from farspan.kernels.documents import AttentionKind
 from farspan.kernels.dropout import DropoutKey
 from farspan.parallel.mesh import Axis, Mesh
 from farspan.parallel.sharding import initial_value, logical_name, logical_of
 from farspan.pretrain import checkpoint as ckpt
-from farspan.pretrain.batch import AttentionKind, Batch
+from farspan.pretrain.batch import Batch
 from farspan.pretrain.losses import Counts, LossFunction
 from farspan.pretrain.models import architecture
 from farspan.pretrain.models.base import LanguageModel, Stage
