@@ -28,7 +28,7 @@ from .models.base import Recompute, Stage
 from .objectives import Objective, make_objective
 from .optimizers import optimizer_factory
 from .resume import Start, checkpoints_folder
-from .schedule import BatchSizes
+from .schedule import BatchSizes, learning_rate
 from .watch import Watch
 
 VALIDATION_SEED = 0  # the same rows and masks at every evaluation of every run
@@ -117,6 +117,20 @@ def build_engine(config: Config, mesh: Mesh, start: Start, loss: LossFunction) -
         if scale := start.reader.manifest.trainer.get("loss_scale"):  # older checkpoints have none
             engine.loss_scale.load_state(scale)
     return engine
+
+
+def learning_rate_of(config: Config, step: int) -> float:
+    """What the schedule says for this step, counted from 0."""
+    schedule = config.schedule
+    return learning_rate(
+        step,
+        peak=config.optimizer.lr,
+        total_steps=config.training.steps,
+        warmup_steps=schedule.warmup_steps,
+        name=schedule.name,
+        minimum_ratio=schedule.minimum_ratio,
+        decay_steps=schedule.decay_steps,
+    )
 
 
 def microbatches_of(config: Config, mesh: Mesh, batch: Batch) -> tuple[list[Batch], tuple[int, int]]:

@@ -14,7 +14,6 @@ from .losses import Counts, LossFunction
 from .metrics import MetricsWriter, SpikeMetrics, StepMetrics
 from .objectives import Objective
 from .resume import Start, find_start, layout_of, save_checkpoint
-from .schedule import learning_rate
 from .watch import largest
 
 
@@ -39,7 +38,7 @@ def train(config: Config, *, resume: str = "auto", stop_after: int | None = None
 def _train(config: Config, mesh: Mesh, evaluation: Evaluation, objective: Objective, start: Start, last: int) -> None:
     loss_function = LossFunction(config.heads)
     engine, watch = run.build_engine(config, mesh, start, loss_function), run.watch_of(config, start)
-    training, schedule, save = config.training, config.schedule, config.checkpoint
+    training, save = config.training, config.checkpoint
     if mesh.is_writer:
         run.write_config(config)
     sizes = training.batch_sizes
@@ -60,15 +59,7 @@ def _train(config: Config, mesh: Mesh, evaluation: Evaluation, objective: Object
             batch = loader.batch(step)
             waited = time.perf_counter() - began
             counts = Counts.of(batch, mesh)
-            rate = learning_rate(
-                step,
-                peak=config.optimizer.lr,
-                total_steps=training.steps,
-                warmup_steps=schedule.warmup_steps,
-                name=schedule.name,
-                minimum_ratio=schedule.minimum_ratio,
-                decay_steps=schedule.decay_steps,
-            )
+            rate = run.learning_rate_of(config, step)
             result = engine.train_batch(
                 *run.microbatches_of(config, mesh, batch),
                 run.stage_runner(mesh, dropout=(training.seed, step), recompute=training.recompute),
