@@ -25,6 +25,8 @@ from .lamb import Contents, Lamb
 from .mesh import Mesh
 from .replicated import MakeOptimizer, load_partition_state, parameter_groups, partition_state
 
+_linear = nn.functional.linear
+
 
 class _ModelParallelUnit:
     """The mesh, as DeepSpeed asks for it."""
@@ -75,6 +77,9 @@ class ZeroOptimizer:
         """``offload``: the optimizer's state and masters stay in host memory, where DeepSpeed's CPU Adam updates them;
         ``make_optimizer`` must make that one."""
         deepspeed = import_deepspeed()
+        # ZeRO 3 puts its own there for as long as the process lives.  ZeRO 2 reduces gradients as they come, unnamed:
+        # where ranks had different ones, they would come in another order, and one be added to another.
+        nn.functional.linear = _linear
         if not deepspeed.comm.is_initialized():
             deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
         groups = parameter_groups(module.parameters())
