@@ -88,6 +88,7 @@ REFUSED: tuple[Mapping[str, Any], ...] = (
     {"parallel.virtual_stages": 4, "parallel.pipeline": 2},
     {"parallel.virtual_stages": 2, "parallel.pipeline": 2, "training.micro_batch_size": 32, "ranks": 2},
     {"parallel.offload_optimizer": True, "parallel.zero_stage": 0},
+    {"parallel.offload_optimizer": True, "parallel.zero_stage": 2, "training.dtype": "bfloat16"},
     {"parallel.offload_optimizer": True, "optimizer.name": "lamb"},
     {"training.batch_ramp": {"start": 8, "increment": 16, "samples": 1000}},
     {"training.batch_ramp": {"start": 16, "increment": 4, "samples": 1000}, "ranks": 1},
