@@ -65,7 +65,7 @@ def ema(
     _check(x, (damping, decay, expansion, projection), documents, truncation)
     packed = documents is not None and documents.kind == "document"
     if state is not None or carry:
-        _check_carry(len(damping), packed, state, truncation)
+        _check_carry(x, damping, packed, state, truncation)
     if documents is not None and documents.stretches is not None and documents.stretches.fill_rows:
         documents, packed = None, False
     if documents is not None and documents.kind == "padding":
@@ -115,11 +115,17 @@ def _check(x: Tensor, parameters: tuple[Tensor, ...], documents: Documents | Non
         )
 
 
-def _check_carry(directions: int, packed: bool, state: EmaState | None, truncation: int | None) -> None:
-    if directions == 2:
+def _check_carry(x: Tensor, damping: Tensor, packed: bool, state: EmaState | None, truncation: int | None) -> None:
+    if len(damping) == 2:
         raise ValueError("a state with two directions: the second starts at the end; set carry and state for one only")
     if packed:
         raise ValueError('a state with packed documents: each starts anew; use documents of kind "full" or "padding"')
-    if state is not None and (state.hidden is None) is (truncation is None):
+    if state is None:
+        return
+    if (state.hidden is None) is (truncation is None):
         made = "without" if state.inputs is None else "with a"
         raise ValueError(f"a state made {made} truncation, and truncation {truncation}: use the same for both calls")
+    found = state.hidden if state.inputs is None else state.inputs[:1].squeeze(0) if len(state.inputs) else None
+    allowed = (x.shape[1], *damping.shape[1:]) if state.inputs is None else x.shape[1:]
+    if found is not None and found.shape != tuple(allowed):
+        raise ValueError(f"a state of shape {tuple(found.shape)} for x {tuple(x.shape)}: it must be {tuple(allowed)}")

@@ -23,23 +23,24 @@ def recurrence(
     """
     x: [s, b, d]; the parameters: [directions, d, n]; documents: where it starts anew (None: at rows); start: [b, d, n].
     Returns y [s, b, d] in x's dtype and the last hidden state of the first direction [b, d, n] (of no use where
-    truncated).  Autograd keeps every step: for tests, and for lengths of a few thousand.
+    truncated).  In float64 whatever x is: as many float32 sums would lose more than the other forms do.  Autograd
+    keeps every step.
     """
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    c = Coefficients.of(dtype, damping, decay, expansion, projection)
+    dtype, x = x.dtype, x.double()
+    c = Coefficients.of(torch.float64, damping, decay, expansion, projection)
     ids = None
     if documents is not None:
         ids = documents.document_ids.T
         x = x.masked_fill((ids == 0).unsqueeze(-1), 0)
     step = _recur if truncation is None else _convolve
-    y, last = step(x.to(dtype), Coefficients(*(p[0] for p in c)), ids, start, truncation or 0)
+    y, last = step(x, Coefficients(*(p[0] for p in c)), ids, start, truncation or 0)
     if len(damping) == 2:
         flipped = None if ids is None else ids.flip(0)
-        backwards, _ = step(x.to(dtype).flip(0), Coefficients(*(p[1] for p in c)), flipped, None, truncation or 0)
+        backwards, _ = step(x.flip(0), Coefficients(*(p[1] for p in c)), flipped, None, truncation or 0)
         y = y + backwards.flip(0)
     if ids is not None:
         y = y.masked_fill((ids == 0).unsqueeze(-1), 0)
-    return y.to(x.dtype), last
+    return y.to(dtype), last.to(torch.promote_types(dtype, torch.float32))
 
 
 def _recur(x: Tensor, c: Coefficients, ids: Tensor | None, start: Tensor | None, _: int) -> tuple[Tensor, Tensor]:
