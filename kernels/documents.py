@@ -30,10 +30,12 @@ class Documents:
     """Which tokens of a microbatch see one another: made once per microbatch, used by every layer."""
 
     document_ids: Tensor  # [b, s]
+    indices: Tensor  # [b, s]
     kind: AttentionKind
     causal: bool
     stretches: Stretches | None  # None: every token sees every token of its row
     wanted: Form | None
+    chunk: int | None = None  # rows are cut into chunks of so many positions, seen only from inside
     _costs: dict[int, tuple[float, float]] = dataclasses.field(default_factory=dict, init=False)
     _grouped: dict[int, tuple[Slots, list[Group]]] = dataclasses.field(default_factory=dict, init=False)
 
@@ -53,7 +55,40 @@ class Documents:
         ValueError: a document in pieces in a row whose indices restart.
         """
         stretches = None if kind == "full" else Stretches.of(document_ids, indices, whole_rows=kind == "padding")
-        return Documents(document_ids, kind, causal, stretches, form)
+        return Documents(document_ids, indices, kind, causal, stretches, form)
+
+    def chunks(self, size: int, positions: Tensor) -> Documents:
+        """The same tokens, each seeing only those of its own chunk of ``size`` positions, counted from the start of its
+        document (in rows that are not packed: of its row).
+
+        positions: [b, s] int64, every token's place in its document.
+        """
+        if self.kind != "document" or self.stretches is None or not self.stretches.compact:
+            return dataclasses.replace(self, chunk=min(size, self.shape[0]))
+        ids = self.document_ids
+        longest = ids.shape[1] // size + 1
+        ids = torch.where(ids > 0, ids * longest + positions // size, 0)
+        return Documents.of(ids, self.indices, "document", causal=self.causal, form="grouped")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(positions, rows)"""
+        b, s = self.document_ids.shape
+        return s, b
+
+    def rows(self, x: Tensor) -> Tensor:
+        """[s, b, h, ...] → [n, h, l, ...]: rows, or their chunks, with zeros after the last token."""
+        s, b = self.shape
+        l = self.chunk or s
+        x = F.pad(x, (0, 0) * (x.dim() - 1) + (0, -s % l)) if s % l else x
+        x = x.unflatten(0, (-1, l)).movedim(2, 0).flatten(0, 1)  # [b · chunks, l, h, ...]
+        return x.transpose(1, 2)
+
+    def from_rows(self, y: Tensor) -> Tensor:
+        """The reverse, [n, h, l, ...] → [s, b, h, ...]."""
+        s, b = self.shape
+        y = y.transpose(1, 2).unflatten(0, (b, -1))  # [b, chunks, l, h, ...]
+        return y.movedim(0, 2).flatten(0, 1)[:s]
 
     def form(self, x: Tensor, *, explicit: bool) -> Form:
         """How attention is computed for queries like x [..., h, d]; ``explicit``: with dropout or relative positions.
@@ -61,6 +96,8 @@ class Documents:
         "dense": rows as they are, under a mask where one is needed; "grouped": documents of similar length together;
         "varlen": torch's kernel for variable lengths.
         """
+        if self.chunk is not None:
+            return "dense"
         if self.wanted is not None:
             return self.wanted
         if self.stretches is None or self.stretches.fill_rows or not self.stretches.compact:
@@ -99,22 +136,35 @@ class Documents:
 
     @functools.cached_property
     def dense(self) -> Group:
-        """All rows as they are."""
-        b, s = self.document_ids.shape
-        first = None if self.stretches is None else self._moved(self.stretches.first_of_rows)
-        if self.stretches is None or self.stretches.fill_rows:
-            return Group(b, s, None, first)
-        ids = self.document_ids
+        """All rows, or their chunks, as they are."""
+        s, b = self.shape
+        l = self.chunk or s
+        n = b * -(-s // l)
+        first = self._first_of_rows()
+        if s % l == 0 and (self.stretches is None or self.stretches.fill_rows):
+            return Group(n, l, None, first)
+        ids = F.pad(self.document_ids if self.stretches is not None else self.document_ids.new_ones(b, s), (0, -s % l))
+        ids = ids.view(n, l)
         if self.kind == "document":
             mask = (ids.unsqueeze(2) == ids.unsqueeze(1)).unsqueeze(1)
         else:
             real = ids > 0
             mask = (real | ~real.any(1, keepdim=True))[:, None, None, :]  # a row without tokens must not divide by 0
-        if self.causal:
-            # A padded query before the first token sees itself, so that no row of the softmax is empty.
-            index = torch.arange(s, device=ids.device)
-            mask = (mask & (index.unsqueeze(1) > index)) | (index.unsqueeze(1) == index)
-        return Group(b, s, mask, first)
+        if not self.causal:
+            return Group(n, l, mask, first)
+        # A padded query before the first token sees itself, so that no row of the softmax is empty.
+        index = torch.arange(l, device=ids.device)
+        mask = (mask & (index.unsqueeze(1) > index)) | (index.unsqueeze(1) == index)
+        return Group(n, l, mask, first, mask.sum(-1, keepdim=True) if self.kind == "document" else None)
+
+    def _first_of_rows(self) -> Tensor | None:
+        """[n] the index of the first token of each row, or chunk of one; None: all are 0."""
+        first = None if self.stretches is None else self.stretches.first_of_rows
+        if self.chunk is not None:
+            s, b = self.shape
+            starts = torch.arange(0, s, self.chunk)
+            first = (starts.new_zeros(b, 1) if first is None else first.unsqueeze(1)).add(starts).flatten()
+        return None if first is None else self._moved(first)
 
     def _moved(self, first: Tensor) -> Tensor | None:
         """To the device, or None where all are 0."""
@@ -210,13 +260,15 @@ class Group:
     """n stretches of l tokens, each attending within itself.
 
     ``mask``: bool, broadcasts with [n, h, l, l], True where a query sees a key; None: everywhere, or where attention is
-    causal everywhere before.  ``first``: [n], the index of each stretch's first token; None: 0.
+    causal everywhere before.  ``first``: [n], the index of each stretch's first token; None: 0.  ``places``: [n, 1, l,
+    1], the number of each query in its document, from 1; None: in its stretch.
     """
 
     n: int
     l: int
     mask: Tensor | None
     first: Tensor | None
+    places: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

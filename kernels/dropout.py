@@ -78,30 +78,34 @@ def threshold(p: float) -> int:
     return round(p * 65536)
 
 
-def keep_mask(keys: Tensor, features: int, p: float, first: Tensor | None = None) -> Tensor:
+def keep_mask(keys: Tensor, features: int, p: float, first: Tensor | int = 0) -> Tensor:
     """True where a value is kept: [*keys.shape, features] bool.
 
-    The features are 0, 1, 2, ... of each row, or with ``first`` (int64, broadcasts with ``keys``) first, first + 1, ...
+    The features are first, first + 1, ... of each row (a number, or int64 that broadcasts with ``keys``).
     """
-    if first is None:
-        return _keep_pairs(keys, (features + 1) // 2, p, None)[..., :features]
+    if isinstance(first, int):
+        odd = first % 2
+        pairs = _keep_pairs(keys, (features + odd + 1) // 2, p, first // 2)
+        return pairs[..., odd : features + odd]
     kept = _keep_pairs(keys, features // 2 + 1, p, first // 2)
     return torch.where((first % 2 == 1).unsqueeze(-1), kept[..., 1 : features + 1], kept[..., :features])
 
 
-def _keep_pairs(keys: Tensor, pairs: int, p: float, first: Tensor | None) -> Tensor:
+def _keep_pairs(keys: Tensor, pairs: int, p: float, first: Tensor | int) -> Tensor:
     """The same for pairs of features: [*keys.shape, 2 · pairs]."""
     # Memory is little-endian: the low half comes first.  Halves are signed, so both sides of "<" move by 2^15.
     halves = _hash_pairs(keys, pairs, first).bitwise_xor_(-2147450880).view(torch.int16)  # 0x80008000
     return halves >= threshold(p) - 32768
 
 
-def _hash_pairs(keys: Tensor, pairs: int, first: Tensor | None = None) -> Tensor:
-    """32 bits for every pair of features, from pair 0 or ``first`` on: [*keys.shape, pairs] int32."""
+def _hash_pairs(keys: Tensor, pairs: int, first: Tensor | int = 0) -> Tensor:
+    """32 bits for every pair of features, from pair ``first`` on: [*keys.shape, pairs] int32."""
     low, high = keys.to(torch.int32).unsqueeze(-1), (keys >> 32).to(torch.int32).unsqueeze(-1)
     index = torch.arange(pairs, dtype=torch.int32, device=keys.device)
-    if first is not None:
+    if isinstance(first, Tensor):
         index = index + first.to(torch.int32).unsqueeze(-1)
+    else:
+        index += first
     h = index * -1640531527 + low  # 2^32 over the golden ratio
     h ^= (h >> 16) & 0xFFFF
     h *= 0x7FEB352D
@@ -111,7 +115,7 @@ def _hash_pairs(keys: Tensor, pairs: int, first: Tensor | None = None) -> Tensor
     return h.bitwise_xor_((h >> 16) & 0xFFFF)
 
 
-def dropout(x: Tensor, p: float, keys: Tensor | None, first: Tensor | None = None) -> Tensor:
+def dropout(x: Tensor, p: float, keys: Tensor | None, first: Tensor | int = 0) -> Tensor:
     """Zero a fraction p of x and scale the rest so that the expectation stays.
 
     x: [..., features]; keys: int64 of x.shape[:-1], or None for no dropout (evaluation); first: see ``keep_mask``.

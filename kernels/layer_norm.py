@@ -8,16 +8,16 @@ from torch import Tensor
 from .dropout import dropout_add
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """Normalise over the last dimension, statistics in float32 at least.
 
-    x: [..., features]; weight, bias: [features].
+    x: [..., features]; weight, bias: [features], or None for 1 and 0.
     """
     return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
 
 
 def dropout_add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, p: float, keys: Tensor | None
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, p: float, keys: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Returns (sum, normalised sum) with sum = residual + dropout(x).
 

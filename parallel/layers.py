@@ -18,10 +18,9 @@ from megatron.core import tensor_parallel
 from megatron.core.model_parallel_config import ModelParallelConfig
 from torch import Tensor, nn
 
-from ..kernels.layer_norm import dropout_add_layer_norm, layer_norm
 from .mappings import copy_to_tensor_region, on_sequence_part, sequence_part
 from .mesh import Mesh
-from .sharding import Logical
+from .sharding import Logical, describe
 
 PADDING_LOGIT = -1e30  # exp() of it is 0; -inf in fp16, which does as well
 VOCABULARY_MULTIPLE = 128  # per tensor rank: keeps every shard's matrix product aligned
@@ -35,12 +34,6 @@ def _core_config(mesh: Mesh) -> ModelParallelConfig:
         params_dtype=torch.float32,
         sequence_parallel=mesh.sequence_parallel,
     )
-
-
-def _describe(parameter: nn.Parameter, logical: Logical, *, split: bool) -> None:
-    parameter.logical = logical  # type: ignore[attr-defined]
-    # DeepSpeed counts a parameter on every tensor rank in the gradient norm only if it says that it is split.
-    parameter.tensor_model_parallel = split  # type: ignore[attr-defined]
 
 
 def require_divisible(what: str, value: int, by: int) -> None:
@@ -66,8 +59,8 @@ class ColumnParallelLinear(tensor_parallel.ColumnParallelLinear):
         )  # fmt: skip
         self.tensor_size = mesh.tensor.size
         head = (outputs,) if parts == 1 else (parts, outputs // parts)
-        _describe(self.weight, Logical((*head, inputs), dim=len(head) - 1, std=std), split=True)
-        _describe(self.bias, Logical(head, dim=len(head) - 1, decay=False), split=True)
+        describe(self.weight, Logical((*head, inputs), dim=len(head) - 1, std=std), split=True)
+        describe(self.bias, Logical(head, dim=len(head) - 1, decay=False), split=True)
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         if self.tensor_size == 1:
@@ -88,8 +81,8 @@ class RowParallelLinear(tensor_parallel.RowParallelLinear):
             skip_bias_add=True, tp_group=None if mesh.tensor.size == 1 else mesh.tensor.group,
         )  # fmt: skip
         self.tensor_size, self.mesh = mesh.tensor.size, mesh
-        _describe(self.weight, Logical((outputs, inputs), dim=1, std=std), split=True)
-        _describe(self.bias, Logical((outputs,), decay=False), split=False)
+        describe(self.weight, Logical((outputs, inputs), dim=1, std=std), split=True)
+        describe(self.bias, Logical((outputs,), decay=False), split=False)
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         if self.tensor_size == 1:
@@ -99,14 +92,14 @@ class RowParallelLinear(tensor_parallel.RowParallelLinear):
 
 
 class Linear(nn.Linear):
-    """A linear layer that every tensor rank holds whole.  ``mesh``: as for ``LayerNorm``."""
+    """A linear layer that every tensor rank holds whole.  ``mesh``: as for norms (``normalization``)."""
 
     def __init__(self, mesh: Mesh | None, inputs: int, outputs: int, *, std: float) -> None:
         super().__init__(inputs, outputs)
         self.mesh = mesh
         self.weight: nn.Parameter
-        _describe(self.weight, Logical((outputs, inputs), std=std), split=False)
-        _describe(self.bias, Logical((outputs,), decay=False), split=False)
+        describe(self.weight, Logical((outputs, inputs), std=std), split=False)
+        describe(self.bias, Logical((outputs,), decay=False), split=False)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.mesh is None:
@@ -115,34 +108,6 @@ class Linear(nn.Linear):
 
     def reset_parameters(self) -> None:
         pass  # sharding.initialize fills it
-
-
-class LayerNorm(nn.Module):
-    """Layer normalisation over the features, held whole by every tensor rank.
-
-    ``mesh``: given where x is [s, b, features] between products, a part of the sequence under sequence parallelism;
-    None where every tensor rank has the same x.
-    """
-
-    def __init__(self, mesh: Mesh | None, features: int, eps: float) -> None:
-        super().__init__()
-        self.eps, self.mesh = eps, mesh
-        self.weight = nn.Parameter(torch.empty(features))
-        self.bias = nn.Parameter(torch.empty(features))
-        _describe(self.weight, Logical((features,), fill=1.0, decay=False), split=False)
-        _describe(self.bias, Logical((features,), decay=False), split=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return layer_norm(x, *self._affine(), self.eps)
-
-    def after_dropout_add(self, x: Tensor, residual: Tensor, p: float, keys: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(residual + dropout(x), its normalised form)."""
-        return dropout_add_layer_norm(x, residual, *self._affine(), self.eps, p, keys)
-
-    def _affine(self) -> tuple[Tensor, Tensor]:
-        if self.mesh is None:
-            return self.weight, self.bias
-        return on_sequence_part(self.weight, self.mesh), on_sequence_part(self.bias, self.mesh)
 
 
 class Embedding(nn.Module):
@@ -155,7 +120,7 @@ class Embedding(nn.Module):
         super().__init__()
         self.mesh, self.padding_index = mesh, padding_index
         self.weight = nn.Parameter(torch.empty(rows, features))
-        _describe(self.weight, Logical((rows, features), std=std, zero_row=padding_index), split=False)
+        describe(self.weight, Logical((rows, features), std=std, zero_row=padding_index), split=False)
 
     def forward(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, on_sequence_part(self.weight, self.mesh), padding_idx=self.padding_index)
@@ -175,7 +140,7 @@ class VocabParallelEmbedding(tensor_parallel.VocabParallelEmbedding):
             tp_group=None if mesh.tensor.size == 1 else mesh.tensor.group,
         )  # fmt: skip
         self.mesh, self.padding_index = mesh, padding_index
-        _describe(self.weight, word_table(mesh, rows, features, std=std, padding_index=padding_index), split=True)
+        describe(self.weight, word_table(mesh, rows, features, std=std, padding_index=padding_index), split=True)
 
     def forward(self, ids: Tensor) -> Tensor:
         if self.mesh.tensor.size == 1:
@@ -222,11 +187,11 @@ class VocabParallelHead(nn.Module):
         padding_bias = torch.zeros(self.part)
         padding_bias[real:] = PADDING_LOGIT
         self.register_buffer("padding_bias", padding_bias, persistent=False)
-        _describe(self.bias, Logical((size,), dim=0, padded=padded, decay=False), split=True)
+        describe(self.bias, Logical((size,), dim=0, padded=padded, decay=False), split=True)
         self.weight: nn.Parameter | None = None
         if weight is not None:
             self.weight = nn.Parameter(torch.empty(self.part, features))
-            _describe(self.weight, weight, split=True)
+            describe(self.weight, weight, split=True)
 
     def local_logits(self, x: Tensor, weight: Tensor) -> Tensor:
         """x: [..., features] → this rank's logits [..., padded/tensor], padding at PADDING_LOGIT."""
@@ -241,11 +206,12 @@ class VocabParallelHead(nn.Module):
         return logits[..., : self.size]
 
     def loss(self, x: Tensor, weight: Tensor, labels: Tensor, *, count_correct: bool) -> tuple[Tensor, Tensor]:
-        """Cross-entropy of every row in nats, float32, and whether the label has the largest logit (else zeros).
+        """Cross-entropy of every row in nats, and whether the label has the largest logit (else zeros).
 
-        x: [n, features]; labels: [n] int64 in the vocabulary.  Returns two [n] float32 tensors.
+        x: [n, features]; labels: [n] int64 in the vocabulary.  Returns two [n] tensors, float32 at least.
         """
-        logits = self.local_logits(x, weight).float()
+        logits = self.local_logits(x, weight)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         correct = self._correct(logits.detach(), labels) if count_correct else logits.new_zeros(len(labels))
         if self.axis.size == 1:
             return F.cross_entropy(logits, labels, reduction="none"), correct

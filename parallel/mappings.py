@@ -1,7 +1,10 @@
 """What is done to activations between the layers of a tensor group, and its transpose in the backward pass.
 
 With sequence parallelism (arXiv 2205.05198, section 4.2.2) each tensor rank has a part of the sequence between the
-tensor-parallel products.  Without it only ``copy_to_tensor_region`` does something; on one tensor rank nothing does.
+tensor-parallel products.  On one tensor rank nothing does anything.
+
+Some operations mix positions but not features (a moving average).  For those each rank takes its own features at all
+positions: [s, b, h/tensor].
 """
 
 from __future__ import annotations
@@ -51,3 +54,55 @@ def copy_to_tensor_region(x: Tensor, axis: Axis) -> Tensor:
     if axis.size == 1:
         return x
     return tensor_parallel.copy_to_tensor_model_parallel_region(x, group=axis.group)
+
+
+def sum_over(x: Tensor, axis: Axis) -> Tensor:
+    """The sum over the ranks of an axis, of which each goes on to use its own copy: the gradient is a sum as well."""
+    if axis.size == 1:
+        return x
+    return copy_to_tensor_region(tensor_parallel.reduce_from_tensor_model_parallel_region(x.clone(), axis.group), axis)
+
+
+def gather_for_shares(x: Tensor, mesh: Mesh) -> Tensor:
+    """What lies between products → all positions on every tensor rank, each of which uses it for its own part of the
+    work: the gradients are summed.  What megatron-core's column-parallel product begins with."""
+    if not mesh.sequence_parallel:
+        return copy_to_tensor_region(x, mesh.tensor)
+    return tensor_parallel.gather_from_sequence_parallel_region(
+        x, tensor_parallel_output_grad=True, group=mesh.tensor.group
+    )
+
+
+def to_features(x: Tensor, mesh: Mesh) -> Tensor:
+    """What lies between products (all features; under sequence parallelism a part of the positions) → this rank's
+    features at all positions, [s, b, h/tensor]."""
+    group = mesh.tensor.group
+    if mesh.tensor.size == 1:
+        return x
+    if not mesh.sequence_parallel:
+        return tensor_parallel.scatter_to_tensor_model_parallel_region(x, group=group)
+    return tensor_parallel.all_to_all_sp2hp(x, group=group).view(-1, x.shape[1], x.shape[2] // mesh.tensor.size)
+
+
+def from_features(x: Tensor, mesh: Mesh) -> Tensor:
+    """The reverse: [s, b, h/tensor] → [s, b, h], under sequence parallelism [s/tensor, b, h]."""
+    group = mesh.tensor.group
+    if mesh.tensor.size == 1:
+        return x
+    if not mesh.sequence_parallel:
+        return tensor_parallel.gather_from_tensor_model_parallel_region(x, group=group)
+    return tensor_parallel.all_to_all_hp2sp(x, group=group).view(-1, x.shape[1], x.shape[2] * mesh.tensor.size)
+
+
+def gather_features(x: Tensor, axis: Axis) -> Tensor:
+    """[s, b, h/tensor] → [s, b, h] for products of which each rank computes a part: the gradients are summed."""
+    if axis.size == 1:
+        return x
+    return tensor_parallel.all_gather_last_dim_from_tensor_parallel_region(x, group=axis.group)
+
+
+def scatter_features(x: Tensor, axis: Axis) -> Tensor:
+    """Each rank's share of a sum, [s, b, h] → this rank's features of the sum, [s, b, h/tensor]."""
+    if axis.size == 1:
+        return x
+    return tensor_parallel.reduce_scatter_last_dim_to_tensor_parallel_region(x, group=axis.group)

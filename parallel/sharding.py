@@ -23,9 +23,9 @@ class Logical:
 
     ``shape``: of the logical tensor, without padding.  ``dim``: the dimension split over the tensor group, or None.
     ``padded``: length of that dimension with padding (a multiple of the group), None if there is none.
-    ``std``: standard deviation of normal initial values; None: filled with ``fill``.  ``zero_row``: a row of zeros (the
-    padding token's).  ``decay``: whether weight decay applies.  ``tied_to``: the logical name of the tensor that this
-    one is a second copy of.
+    ``std``: standard deviation of normal initial values; None: filled with ``fill``.  ``means``: of normal ones,
+    repeated along the last dimension (none: 0).  ``zero_row``: a row of zeros (the padding token's).  ``decay``:
+    whether weight decay applies.  ``tied_to``: the logical name of the tensor that this one is a second copy of.
     """
 
     shape: tuple[int, ...]
@@ -33,6 +33,7 @@ class Logical:
     padded: int | None = None
     std: float | None = None
     fill: float = 0.0
+    means: tuple[float, ...] = ()
     zero_row: int | None = None
     decay: bool = True
     tied_to: str | None = None
@@ -78,6 +79,13 @@ class Logical:
         return full.narrow(self.dim, 0, self.shape[self.dim])
 
 
+def describe(parameter: nn.Parameter, logical: Logical, *, split: bool) -> None:
+    """Attach what a layer knows of its parameter; ``split``: each tensor rank has its own part of it."""
+    parameter.logical = logical  # type: ignore[attr-defined]
+    # DeepSpeed counts a parameter on every tensor rank in the gradient norm only if it says that it is split.
+    parameter.tensor_model_parallel = split  # type: ignore[attr-defined]
+
+
 def logical_of(parameter: nn.Parameter) -> Logical:
     logical = getattr(parameter, "logical", None)
     if logical is None:
@@ -92,6 +100,8 @@ def initial_value(name: str, logical: Logical, seed: int) -> Tensor:
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     value = torch.empty(logical.shape).normal_(0.0, logical.std, generator=generator)
+    if logical.means:
+        value += torch.tensor(logical.means).repeat(logical.shape[-1])[: logical.shape[-1]]
     if logical.zero_row is not None:
         value[logical.zero_row] = 0.0
     return value

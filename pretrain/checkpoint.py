@@ -357,7 +357,9 @@ class Reader:
     def _range(self, name: str, entry: dict[str, Any], start: int, stop: int) -> Tensor:
         dim = entry["dim"]
         if dim is None:
-            return self._slice(entry["shards"][0]["file"], name, entry["shape"])[:]
+            file = entry["shards"][0]["file"]
+            view = self._slice(file, name, entry["shape"])
+            return view[:] if entry["shape"] else self._open(file).get_tensor(name)  # a number has no slices
         pieces = []
         for shard in sorted(entry["shards"], key=lambda s: s["start"]):
             low, high = max(start, shard["start"]), min(stop, shard["stop"])
@@ -382,10 +384,10 @@ class Reader:
             view = self._open(file).get_slice(name)
         except SafetensorError:
             raise ValueError(f"{self.folder / file} lacks {name}: the checkpoint is not whole, take another") from None
-        if view.get_shape() != shape or not view.get_dtype().startswith(("F", "BF")):
+        if view.get_shape() != shape or not view.get_dtype().startswith(("F", "BF", "I64")):
             raise ValueError(
                 f"{self.folder / file} has {name} as {view.get_dtype()} {view.get_shape()}, {MANIFEST} says that it "
-                f"is floating point {shape}: the checkpoint is not whole, take another"
+                f"is a weight of shape {shape}: the checkpoint is not whole, take another"
             )
         return view
 

@@ -253,10 +253,15 @@ class Config(Section):
             )
         if self.data.rows == "pairs" and self.model.type_vocab_size < 2:
             raise ValueError("data.rows pairs needs model.type_vocab_size of at least 2, it is 1: raise it")
-        if self.data.sequence_length > self.model.longest_sequence:
+        longest = self.model.longest_sequence
+        if longest is not None and self.data.sequence_length > longest:
             raise ValueError(
                 f"data.sequence_length {self.data.sequence_length} is longer than the model's positions "
-                f"({self.model.longest_sequence}): lower it or raise model.max_position_embeddings"
+                f"({longest}): lower it or raise model.{self.model.length_field}"
+            )
+        if self.model.needs_encoder:
+            raise ValueError(
+                "model.add_cross_attention needs the hidden states of an encoder, which no objective has: leave it out"
             )
 
     def _check_layout(self) -> None:
@@ -294,6 +299,11 @@ class Config(Section):
             raise ValueError(
                 f"parallel.zero_stage {parallel.zero_stage} does not go with parallel.pipeline {parallel.pipeline} "
                 "(gradients of all microbatches are needed at once): set zero_stage to 0 or 1, or pipeline to 1"
+            )
+        if parallel.zero_stage == 3 and self.model.has_running_statistics:
+            raise ValueError(
+                "parallel.zero_stage 3 partitions weights, and a batch norm's running statistics are none that "
+                "DeepSpeed knows: set zero_stage to at most 2, or model.normalization_type to another"
             )
         if parallel.offload_optimizer and parallel.zero_stage == 0:
             raise ValueError(

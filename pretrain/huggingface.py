@@ -26,6 +26,7 @@ from .files import parents_of, read_json, read_mapping, sync, write_json
 from .models import architecture
 from .models.base import LanguageModel, Stage
 from .models.config import ModelConfig
+from .models.huggingface_keys import HuggingFaceKeys, Source, sources, tensor_names
 from .validation import one_line
 
 TOKENIZER_FILES = (
@@ -34,6 +35,7 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 # Buffers that older files carry, and a pooler that no head here reads.
 _IGNORED = re.compile(r"(\w+\.)?(embeddings\.(position_ids|token_type_ids)|pooler\.dense\.(weight|bias))")
+_COUNTERS = re.compile(r".*\.num_batches_tracked")  # whole numbers by nature
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -86,7 +88,7 @@ class HuggingFaceFolder:
             self._note(path, key, view.get_shape(), view.get_dtype(), view.get_dtype().startswith(("F", "BF")))
 
     def _note(self, path: Path, key: str, shape: list[int], dtype: str, floating: bool) -> None:
-        if not floating and not _IGNORED.fullmatch(key):
+        if not floating and not _IGNORED.fullmatch(key) and not _COUNTERS.fullmatch(key):
             raise ValueError(f"{key} in {path} is of type {dtype}: give weights in floating point, not quantized ones")
         self._shapes[key] = tuple(shape)
 
@@ -100,7 +102,7 @@ class HuggingFaceFolder:
         """The architecture, its configuration and the heads that the folder has tensors for."""
         cls = _architecture(str(self.config.get("model_type", "")), self.folder / "config.json")
         for field, allowed in (("add_cross_attention", (False, None)), ("pruned_heads", ({}, None))):
-            if self.config.get(field) not in allowed:
+            if field not in cls.config_class.model_fields and self.config.get(field) not in allowed:
                 raise ValueError(f"{self.folder}/config.json sets {field}, which no pretraining objective here uses")
         fields = {name: self.config[name] for name in cls.config_class.model_fields if name in self.config}
         if self.config.get("pad_token_id", "missing") is None:
@@ -110,10 +112,11 @@ class HuggingFaceFolder:
         for heads in (("lm", "nsp"), ("lm",), ("nsp",), ()):
             if not set(heads) <= set(cls.heads_allowed):
                 continue
-            needed = {key for keys in cls.huggingface_keys(config, heads).values() for key in keys}
+            needed = tensor_names(cls.huggingface_keys(config, heads))
             missing = needed - self.keys()
             if not missing:
-                self._refuse_unknown(needed | set(cls.huggingface_aliases(config, heads)))
+                second = cls.huggingface_aliases(config, heads).keys() | cls.huggingface_constants(config, heads).keys()
+                self._refuse_unknown(needed | second)
                 self._check_shapes(cls, config, heads)
                 return cls, config, heads
             if closest is None or len(missing) < len(closest):
@@ -121,16 +124,22 @@ class HuggingFaceFolder:
         shown = ", ".join(sorted(closest or ())[:3])
         raise ValueError(f"{self.folder} lacks tensors of a {cls.name} model of this config.json, such as {shown}")
 
+    def logical_tensors(
+        self, cls: type[LanguageModel], config: ModelConfig, heads: tuple[str, ...]
+    ) -> dict[str, Tensor]:
+        """The weights that the model of ``model()`` needs."""
+        shapes = logical_shapes(cls, config, heads)
+        return logical_tensors(self.tensor, cls.huggingface_keys(config, heads), shapes)
+
     def _check_shapes(self, cls: type[LanguageModel], config: ModelConfig, heads: tuple[str, ...]) -> None:
-        keys = cls.huggingface_keys(config, heads)
-        for name, whole in logical_shapes(cls, config, heads).items():
-            shape = whole if len(keys[name]) == 1 else whole[1:]
-            for key in keys[name]:
-                if self._shapes[key] != shape:
-                    raise ValueError(
-                        f"{key} in {self.folder} has shape {self._shapes[key]}, its config.json makes it {shape}: "
-                        "give the config.json that belongs to the weights"
-                    )
+        shapes = logical_shapes(cls, config, heads)
+        tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        for key, tensor in rename(tensors, cls.huggingface_keys(config, heads)).items():
+            if self._shapes[key] != tuple(tensor.shape):
+                raise ValueError(
+                    f"{key} in {self.folder} has shape {self._shapes[key]}, its config.json makes it "
+                    f"{tuple(tensor.shape)}: give the config.json that belongs to the weights"
+                )
 
     def _refuse_unknown(self, needed: set[str]) -> None:
         unknown = sorted(k for k in self.keys() - needed if not _IGNORED.fullmatch(k))
@@ -141,19 +150,36 @@ class HuggingFaceFolder:
             )
 
 
-def logical_tensor(read: Callable[[str], Tensor], keys: tuple[str, ...]) -> Tensor:
-    """One logical tensor from its Hugging Face tensors."""
-    return read(keys[0]) if len(keys) == 1 else torch.stack([read(key) for key in keys])
+def logical_tensors(
+    read: Callable[[str], Tensor], keys: HuggingFaceKeys, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Tensor]:
+    """The logical tensors of a model, of these shapes, from their Hugging Face tensors."""
+
+    def piece(source: Source) -> Tensor:
+        whole = read(source.tensor)
+        return whole if source.rows is None else whole[slice(*source.rows)]
+
+    def logical(name: str) -> Tensor:
+        pieces = [piece(source) for source in sources(keys[name])]
+        return (pieces[0] if len(pieces) == 1 else torch.stack(pieces)).reshape(shapes[name])
+
+    return {name: logical(name) for name in keys}
 
 
-def huggingface_tensors(logical: Tensor, keys: tuple[str, ...]) -> dict[str, Tensor]:
-    """The Hugging Face tensors of one logical tensor."""
-    return {keys[0]: logical} if len(keys) == 1 else dict(zip(keys, logical.unbind(0), strict=True))
-
-
-def rename(tensors: Mapping[str, Tensor], keys: Mapping[str, tuple[str, ...]]) -> dict[str, Tensor]:
+def rename(tensors: Mapping[str, Tensor], keys: HuggingFaceKeys) -> dict[str, Tensor]:
     """{logical name: tensor} under Hugging Face's names (weights or gradients)."""
-    return {k: t for name, value in tensors.items() for k, t in huggingface_tensors(value, keys[name]).items()}
+    renamed: dict[str, Tensor] = {}
+    rows: dict[str, dict[int, Tensor]] = {}  # of tensors that are several logical ones: first row → piece
+    for name, value in tensors.items():
+        of_one = sources(keys[name])
+        for source, piece in zip(of_one, [value] if len(of_one) == 1 else value.unbind(0), strict=True):
+            if source.shape is not None:
+                piece = piece.reshape(source.shape)
+            if source.rows is None:
+                renamed[source.tensor] = piece
+            else:
+                rows.setdefault(source.tensor, {})[source.rows[0]] = piece
+    return renamed | {name: torch.cat([pieces[first] for first in sorted(pieces)]) for name, pieces in rows.items()}
 
 
 def build(cls: type[LanguageModel], config: ModelConfig, heads: tuple[str, ...]) -> LanguageModel:
@@ -170,10 +196,12 @@ def logical_shapes(cls: type[LanguageModel], config: ModelConfig, heads: tuple[s
 def export_config(
     cls: type[LanguageModel], config: ModelConfig, heads: tuple[str, ...], source: Mapping[str, Any], dtype: torch.dtype
 ) -> dict[str, Any]:
-    """The config.json of an export: ours over the fields of the folder it came from, if it came from one."""
+    """The config.json of an export: ours over the fields of the folder it came from, if it came from one (which leaves
+    out what every configuration has by default)."""
     fields = dict(source)
     for name, value in config.model_dump().items():
-        if value is not None or name in fields:
+        missing = value == cls.config_class.model_fields[name].default if source else value is None
+        if name in fields or not missing:
             fields[name] = value
     fields.setdefault("architectures", [cls.huggingface_class(heads, config)])
     fields["torch_dtype"] = str(dtype).removeprefix("torch.")
@@ -191,12 +219,11 @@ def to_huggingface(checkpoint: str | Path, out: str | Path, dtype: str | None = 
     folder, target = ckpt.find(Path(checkpoint)), Path(out)
     reader = ckpt.Reader(folder)
     cls, config, heads = model_of(reader.manifest, folder)
-    keys, shapes = cls.huggingface_keys(config, heads), logical_shapes(cls, config, heads)
     cast = _dtype(dtype) if dtype else None
-    tensors: dict[str, Tensor] = {}
-    for name, names in keys.items():
-        value = reader.tensor(name, shapes[name])
-        tensors |= huggingface_tensors(value if cast is None else value.to(cast), names)
+    logical = {name: reader.tensor(name, shape) for name, shape in logical_shapes(cls, config, heads).items()}
+    if cast is not None:
+        logical = {name: value.to(cast) if value.is_floating_point() else value for name, value in logical.items()}
+    tensors = rename(logical, cls.huggingface_keys(config, heads)) | cls.huggingface_constants(config, heads)
     for alias in _exported_aliases(cls, config, heads, reader.manifest.huggingface):
         tensors[alias] = tensors[cls.huggingface_aliases(config, heads)[alias]].clone()
     kind = next(iter(tensors.values())).dtype
@@ -213,8 +240,7 @@ def from_huggingface(folder: str | Path, out: str | Path) -> None:
     (``checkpoint.initialize_from``).  ``out`` must not exist, or be empty."""
     source = HuggingFaceFolder(Path(folder))
     cls, config, heads = source.model()
-    keys = cls.huggingface_keys(config, heads)
-    tensors = {name: logical_tensor(source.tensor, names) for name, names in keys.items()}
+    tensors = source.logical_tensors(cls, config, heads)
     entries = {
         name: {"shape": list(t.shape), "dim": None, "shards": [{"file": "weights-t00-p00.safetensors"}]}
         for name, t in tensors.items()

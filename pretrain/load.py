@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..parallel.sharding import logical_of
 from . import checkpoint as ckpt
 from .batch import Batch
-from .huggingface import HuggingFaceFolder, build, logical_tensor, model_of, rename
+from .huggingface import HuggingFaceFolder, build, model_of, rename
 from .models.base import LanguageModel
 from .models.config import ModelConfig
 
@@ -75,8 +75,9 @@ class LoadedModel(nn.Module):
 
     def _batch(self, input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None) -> Batch:
         b, s = input_ids.shape
-        if s > self.config.longest_sequence:
-            raise ValueError(f"{s} tokens a row: this model has positions for {self.config.longest_sequence}")
+        longest = self.config.longest_sequence
+        if longest is not None and s > longest:
+            raise ValueError(f"{s} tokens a row: this model has positions for {longest}")
         documents = torch.ones_like(input_ids) if attention_mask is None else (attention_mask != 0).long()
         batch = Batch(
             input_ids=input_ids,
@@ -117,12 +118,10 @@ def load(path: str | Path, *, device: torch.device | str = "cpu") -> LoadedModel
     if (folder / "config.json").is_file():
         source = HuggingFaceFolder(folder)
         cls, config, heads = source.model()
-        keys = cls.huggingface_keys(config, heads)
-        network = build(cls, config, heads)
+        tensors, network = source.logical_tensors(cls, config, heads), build(cls, config, heads)
         with torch.no_grad():
             for name, parameter in network.named_parameters():
-                value = logical_tensor(source.tensor, keys[name])
-                parameter.copy_(logical_of(parameter).slice(value, network.mesh.tensor, parameter.shape))
+                parameter.copy_(logical_of(parameter).slice(tensors[name], network.mesh.tensor, parameter.shape))
     else:
         reader = ckpt.Reader(ckpt.find(folder))
         network = build(*model_of(reader.manifest, reader.folder))

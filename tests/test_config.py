@@ -143,7 +143,7 @@ REFUSED: list[tuple[list[str], str]] = [
      "training.steps = 0: must be greater than 0 (and 2 more problems)"),
     # The model.
     (["model.model_type=bert"],
-     "model.model_type 'bert' is unknown: choose one of megatron-bert, roberta-prelayernorm"),
+     "model.model_type 'bert' is unknown: choose one of mega, megatron-bert, roberta-prelayernorm"),
     (["model={hidden_size: 3}"],
      "model.model_type is missing: set it to one of megatron-bert, roberta-prelayernorm"),
     (["model.model_type=[]"], "model.model_type is []: set it to one of megatron-bert, roberta-prelayernorm"),

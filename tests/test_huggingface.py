@@ -221,8 +221,11 @@ def test_a_missing_tensor(source: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model_type": "bert"}, "model_type 'bert' is unknown: choose one of megatron-bert, roberta-prelayernorm"),
-        ({"model_type": None}, "model_type 'None' is unknown: choose one of megatron-bert, roberta-prelayernorm"),
+        (
+            {"model_type": "bert"},
+            "model_type 'bert' is unknown: choose one of mega, megatron-bert, roberta-prelayernorm",
+        ),
+        ({"model_type": None}, "model_type 'None' is unknown: choose one of mega, megatron-bert, roberta-prelayernorm"),
         (
             {"add_cross_attention": True},
             "config.json sets add_cross_attention, which no pretraining objective here uses",

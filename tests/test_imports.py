@@ -35,7 +35,8 @@ THIRD_PARTY = {
 # Of the package, all that models know: layers and where they lie, operations, and what they are fed.
 MODELS = "farspan.pretrain.models"
 FOR_MODELS = (
-    MODELS, "farspan.kernels", "farspan.parallel.layers", "farspan.parallel.mappings", "farspan.parallel.mesh",
+    MODELS, "farspan.kernels", "farspan.parallel.feature_layers", "farspan.parallel.layers",
+    "farspan.parallel.mappings", "farspan.parallel.mesh", "farspan.parallel.normalization",
     "farspan.parallel.sharding", "farspan.pretrain.batch",
 )  # fmt: skip
 

@@ -11,29 +11,25 @@ import torch
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from farspan.parallel.layers import LayerNorm, Linear
+from farspan.parallel.layers import Linear
 from farspan.parallel.mappings import gather_sequence, scatter_sequence
 from farspan.parallel.mesh import Mesh
+from farspan.parallel.normalization import LayerNorm
 from farspan.pretrain.batch import Batch
-from farspan.pretrain.models.base import Context, Embeddings, LanguageModel
+from farspan.pretrain.models.base import Context
+from farspan.pretrain.models.bert import BertConfig, BertEmbeddings, BertModel, embedding_keys, head_aliases, head_keys
 from farspan.pretrain.models.config import ModelConfig
 from farspan.pretrain.models.feed_forward import FeedForward
-from farspan.pretrain.models.huggingface_keys import (
-    HuggingFaceKeys,
-    embedding_keys,
-    head_aliases,
-    head_keys,
-    layer_keys,
-)
+from farspan.pretrain.models.huggingface_keys import HuggingFaceKeys, layer_keys
 
 FEED_FORWARD_OUTPUT = 0  # the only place of dropout in a layer
 
 
-class FNetConfig(ModelConfig):
+class FNetConfig(BertConfig):
     """Fields and defaults of Hugging Face's FNetConfig."""
 
     model_type: str = ModelConfig.with_default("model_type", "fnet")
-    hidden_act: str = ModelConfig.with_default("hidden_act", "gelu_new")
+    hidden_act: str = BertConfig.with_default("hidden_act", "gelu_new")
     type_vocab_size: int = ModelConfig.with_default("type_vocab_size", 4)
     pad_token_id: int | None = ModelConfig.with_default("pad_token_id", 3)
     bos_token_id: int | None = ModelConfig.with_default("bos_token_id", 1)
@@ -73,7 +69,8 @@ class FNetLayer(nn.Module):
         super().__init__()
         self.index, self.mesh, self.p = index, mesh, config.hidden_dropout_prob
         self.mixing_norm = LayerNorm(mesh, config.hidden_size, config.layer_norm_eps)
-        self.feed_forward = FeedForward(config, mesh)
+        h, inner = config.hidden_size, config.intermediate_size
+        self.feed_forward = FeedForward(mesh, h, inner, activation=config.hidden_act, std=config.initializer_range)
         self.feed_forward_norm = LayerNorm(mesh, config.hidden_size, config.layer_norm_eps)
 
     def forward(self, hidden: Tensor, context: Context) -> Tensor:
@@ -85,7 +82,7 @@ class FNetLayer(nn.Module):
         return self.feed_forward_norm.after_dropout_add(self.feed_forward(x), x, self.p, keys)[1]
 
 
-class FNetEmbeddings(Embeddings):
+class FNetEmbeddings(BertEmbeddings):
     """The usual three tables and a norm, then a projection (of h to h features, as released)."""
 
     def __init__(self, config: FNetConfig, mesh: Mesh) -> None:
@@ -96,7 +93,7 @@ class FNetEmbeddings(Embeddings):
         return self.projection(super().embed(batch, position_ids, context))
 
 
-class FNet(LanguageModel):
+class FNet(BertModel):
     name = "fnet"
     config_class = FNetConfig
     heads_allowed = ("lm", "nsp")

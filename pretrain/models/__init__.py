@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from .base import LanguageModel
+from .mega import Mega
 from .megatron_bert import MegatronBert
 from .roberta_prelayernorm import RobertaPreLayerNorm
 
 ARCHITECTURES: dict[str, type[LanguageModel]] = {
     model.name: model
     for model in (
+        Mega,
         MegatronBert,
         RobertaPreLayerNorm,
     )

@@ -10,7 +10,7 @@ that flows between pipeline stages.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ...kernels.documents import Documents
-from ...kernels.dropout import DropoutKey, dropout, stream
-from ...parallel.layers import Embedding, LayerNorm, VocabParallelEmbedding
+from ...kernels.dropout import DropoutKey, stream
+from ...parallel.layers import VocabParallelEmbedding
 from ...parallel.mappings import gather_sequence, sequence_part
 from ...parallel.mesh import Mesh
 from ..batch import Batch
@@ -27,7 +27,6 @@ from .config import ModelConfig
 from .heads import LanguageModelHead, SentenceHead
 from .huggingface_keys import HuggingFaceKeys
 
-EMBEDDING_DROPOUT = 0  # the only place of dropout of layer -1
 Recompute = Literal["none", "selective", "full"]
 
 
@@ -73,34 +72,56 @@ class Stage:
 class Context:
     """What every layer of a microbatch needs beside the hidden states.
 
-    ``documents``: which tokens see one another.  ``dropout``: the keys of this microbatch's masks; None in evaluation.
+    ``documents``: which tokens belong together.  ``attended``: which see one another: the same or, where attention
+    stays within chunks, those of a chunk.  ``dropout``: the keys of this microbatch's masks; None in evaluation.
     ``part``: the positions whose hidden states this tensor rank has between products (without sequence parallelism,
     all).
     """
 
     documents: Documents
+    attended: Documents
     positions: Tensor  # [s, 1] int64, index in the row: what dropout is keyed by
+    starts: Tensor  # [s, b] int64, index in the row of the first token of each token's document
     dropout: DropoutKey | None
     part: slice
-    hidden_dropout: DropoutKey | None  # of the positions in ``part``
     recompute: Recompute
+    encoder: Encoder | None = None
+    memory: Memory | None = None
 
     @staticmethod
     def of(
-        batch: Batch, mesh: Mesh, *, causal: bool, dropout: DropoutKey | None, recompute: Recompute = "none"
+        batch: Batch,
+        mesh: Mesh,
+        *,
+        causal: bool,
+        dropout: DropoutKey | None,
+        recompute: Recompute = "none",
+        attention_chunk: int | None = None,
+        encoder: Encoder | None = None,
+        memory: Memory | None = None,
     ) -> Context:
         indices = batch.indices
-        part, of_part = sequence_part(indices.shape[1], mesh), dropout
-        if dropout is not None and batch.joined is not None:  # every position has a sample of its own
-            of_part = dataclasses.replace(dropout, samples=dropout.samples[part])
         documents = Documents.of(batch.document_ids, indices, batch.attention, causal=causal)
-        return Context(documents, indices[:1].t(), dropout, part, of_part, recompute)
+        attended = documents if attention_chunk is None else documents.chunks(attention_chunk, batch.positions)
+        starts = (indices - batch.positions).t()
+        part = sequence_part(indices.shape[1], mesh)
+        return Context(
+            documents, attended, indices[:1].t(), starts, dropout, part, recompute, encoder=encoder, memory=memory
+        )
 
-    def keys(self, layer: int, place: int) -> Tensor | None:
-        """Row keys [s, b] of one use of dropout on hidden states (of this rank's part of the sequence)."""
-        if self.hidden_dropout is None:
+    @property
+    def training(self) -> bool:
+        return self.dropout is not None
+
+    def keys(self, layer: int, place: int, *, whole: bool = False, by_feature: bool = False) -> Tensor | None:
+        """Row keys [s, b] of one use of dropout on hidden states, of this rank's part of the sequence or the ``whole``.
+
+        ``by_feature``: the same at all positions of a document, so that whole features are dropped.
+        """
+        if self.dropout is None:
             return None
-        return self.hidden_dropout.rows(stream(layer, place), self.positions[self.part])
+        rows = self.dropout.rows(stream(layer, place), self.starts if by_feature else self.positions)
+        return rows if whole else rows[self.part]
 
     def run(self, kind: Recompute, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
         """``function(*arguments)``, its activations kept, or computed again in the backward pass where the run says so
@@ -112,13 +133,35 @@ class Context:
         return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
 
 
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """What the decoder of an encoder–decoder model attends to."""
+
+    hidden: Tensor  # [source, b, h]
+    real: Tensor | None  # [b, source] bool; None: all
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """What a causal model carries from the tokens it has seen to the next: ``seen``, how many of each row; by layer,
+    whatever the architecture keeps.  A layer reads ``before`` and writes ``after``."""
+
+    seen: int = 0
+    before: Mapping[int, Any] = dataclasses.field(default_factory=dict)
+    after: dict[int, Any] = dataclasses.field(default_factory=dict)
+
+    def next(self, tokens: int) -> Memory:
+        """For the tokens that follow these."""
+        return Memory(self.seen + tokens, self.after)
+
+
 class LanguageModel(nn.Module):
     """One pipeline stage of a model (the whole, where there is one stage)."""
 
     name: ClassVar[str]
     config_class: ClassVar[type[ModelConfig]]
     heads_allowed: ClassVar[tuple[str, ...]] = ("lm",)
-    embedding_norm: ClassVar[bool] = False
+    carries_memory: ClassVar[bool] = False  # whether tokens can be given a few at a time (see Memory)
     embeddings: Embeddings  # on the first stage
     lm_head: LanguageModelHead  # on the last, where the heads include it
 
@@ -131,7 +174,7 @@ class LanguageModel(nn.Module):
         if stage.last:
             self.final_norm = self.make_final_norm()
             if "lm" in heads:
-                self.lm_head = LanguageModelHead(config, mesh, self.head_activation(), holds_embedding=stage.first)
+                self.lm_head = self.make_head()
             if "nsp" in heads:
                 self.sentence_head = SentenceHead(config)
 
@@ -142,21 +185,18 @@ class LanguageModel(nn.Module):
         raise NotImplementedError
 
     def make_embeddings(self) -> Embeddings:
-        return Embeddings(self.config, self.mesh, norm=self.embedding_norm, positions=self.uses_position_table())
+        raise NotImplementedError
 
-    def uses_position_table(self) -> bool:
-        return True
-
-    def position_ids(self, batch: Batch) -> Tensor:
-        """Rows of the position table, [b, s]."""
-        return batch.positions
+    def embed(self, batch: Batch, context: Context) -> Tensor:
+        """The first hidden states of this rank's positions."""
+        return self.embeddings(batch, context)
 
     def make_final_norm(self) -> nn.Module | None:
-        """What follows the last layer: a norm, in a pre-norm stack; None, in a post-norm one."""
-        return LayerNorm(self.mesh, self.config.hidden_size, self.config.layer_norm_eps)
+        """What follows the last layer, if anything."""
+        return None
 
-    def head_activation(self) -> str:
-        return self.config.hidden_act
+    def make_head(self) -> LanguageModelHead:
+        return LanguageModelHead(self.config, self.mesh, holds_embedding=self.stage.first)
 
     @classmethod
     def huggingface_keys(cls, config: ModelConfig, heads: tuple[str, ...]) -> HuggingFaceKeys:
@@ -166,6 +206,11 @@ class LanguageModel(nn.Module):
     @classmethod
     def huggingface_aliases(cls, config: ModelConfig, heads: tuple[str, ...]) -> dict[str, str]:
         """Second names under which Hugging Face files may carry a tensor: alias → the name it repeats."""
+        return {}
+
+    @classmethod
+    def huggingface_constants(cls, config: ModelConfig, heads: tuple[str, ...]) -> dict[str, Tensor]:
+        """Tensors of Hugging Face files that say nothing: written to an export, not read from one."""
         return {}
 
     @classmethod
@@ -195,18 +240,24 @@ class LanguageModel(nn.Module):
         output: Literal["loss", "logits"] = "loss",
         recompute: Recompute = "none",
         count_correct: bool = False,
+        encoder: Encoder | None = None,
+        memory: Memory | None = None,
     ) -> Any:
         """Run one chunk of this stage.
 
         ``hidden``: [s, b, h] from the chunk before (under sequence parallelism a part of the positions); None for the
-        first.  ``recompute``: which activations the backward pass computes again.  Returns [s, b, h], and for the
-        model's last chunk a dict: for "loss" ``lm_losses`` and ``lm_correct`` [b, p] (``sentence_losses``,
+        first.  ``recompute``: which activations the backward pass computes again.  ``encoder``: see ``Encoder``.
+        ``memory``: of the tokens before these (``carries_memory``); its ``after`` is filled.  Returns [s, b, h], and
+        for the model's last chunk a dict: for "loss" ``lm_losses`` and ``lm_correct`` [b, p] (``sentence_losses``,
         ``sentence_correct`` [b] with the nsp head), in nats; for "logits" ``logits`` [b, s, v], ``last_hidden_state``
         [b, s, h] (and ``seq_relationship_logits`` [b, 2]).
         """
-        context = Context.of(batch, self.mesh, causal=self.config.is_decoder, dropout=dropout, recompute=recompute)
+        context = Context.of(
+            batch, self.mesh, causal=self.config.is_decoder, dropout=dropout, recompute=recompute,
+            attention_chunk=self.config.attention_chunk, encoder=encoder, memory=memory,
+        )  # fmt: skip
         if self.stage.begins(chunk):
-            hidden = self.embeddings(batch, self.position_ids(batch), context)
+            hidden = self.embed(batch, context)
         assert hidden is not None, "a later chunk needs the hidden states of the one before"
         for index in self.stage.chunks[chunk]:
             hidden = context.run("full", self.layers[str(index)], hidden, context)
@@ -255,31 +306,9 @@ class LanguageModel(nn.Module):
 
 
 class Embeddings(nn.Module):
-    """Words + token types + positions, then (in some architectures) a norm, then dropout.
+    """The words' embeddings; an architecture subclasses and adds what else it has, and ``forward``."""
 
-    An architecture that does more before the dropout subclasses and adds to ``embed``.
-
-    → [s, b, h], under sequence parallelism [s/tensor, b, h].
-    """
-
-    def __init__(self, config: ModelConfig, mesh: Mesh, *, norm: bool, positions: bool) -> None:
+    def __init__(self, config: ModelConfig, mesh: Mesh) -> None:
         super().__init__()
-        h, std = config.hidden_size, config.initializer_range
-        self.p = config.hidden_dropout_prob
-        self.words = VocabParallelEmbedding(mesh, config.vocab_size, h, std=std, padding_index=config.pad_token_id)
-        self.types = Embedding(mesh, config.type_vocab_size, h, std=std)
-        # Hugging Face keeps the table in its files for relative positions too, where nothing reads it.
-        rows, padding = config.max_position_embeddings, config.position_padding_index
-        self.positions = Embedding(mesh, rows, h, std=std, padding_index=padding)
-        self.positions.weight.requires_grad_(positions)
-        self.norm = LayerNorm(mesh, h, config.layer_norm_eps) if norm else None
-
-    def forward(self, batch: Batch, position_ids: Tensor, context: Context) -> Tensor:
-        return dropout(self.embed(batch, position_ids, context), self.p, context.keys(-1, EMBEDDING_DROPOUT))
-
-    def embed(self, batch: Batch, position_ids: Tensor, context: Context) -> Tensor:
-        """Of this rank's positions, before dropout."""
-        x = self.words(batch.input_ids.t()) + self.types(batch.token_type_ids.t()[context.part])
-        if self.positions.weight.requires_grad:
-            x = x + self.positions(position_ids.t()[context.part])
-        return x if self.norm is None else self.norm(x)
+        h, std, padding = config.hidden_size, config.initializer_range, config.pad_token_id
+        self.words = VocabParallelEmbedding(mesh, config.vocab_size, h, std=std, padding_index=padding)

@@ -7,30 +7,26 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ...kernels.activation import ACTIVATIONS
-
 
 class ModelConfig(BaseModel):
     """The fields that all architectures have, named as in Hugging Face's config.json."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
     split_over_tensor: ClassVar[tuple[str, ...]] = ("intermediate_size",)  # fields that parallel.tensor must divide
+    length_field: ClassVar[str] = "max_position_embeddings"  # the field to raise for longer rows
 
     model_type: str = Field(..., description="the architecture")
     vocab_size: int = Field(0, ge=0, description="0: taken from the prepared data's tokenizer")
     hidden_size: int = Field(768, gt=0, description="features of a hidden state")
     num_hidden_layers: int = Field(12, gt=0, description="layers")
     intermediate_size: int = Field(3072, gt=0, description="inner features of the feed-forward")
-    hidden_act: str = Field("gelu", description="activation of the feed-forward; `gelu` is the exact one")
     hidden_dropout_prob: float = Field(
         0.1, ge=0.0, lt=1.0, description="dropout of the embeddings and of every branch before it is added"
     )
-    max_position_embeddings: int = Field(512, gt=0, description="rows of the position table")
     type_vocab_size: int = Field(2, gt=0, description="rows of the token-type table")
     initializer_range: float = Field(
         0.02, gt=0.0, description="standard deviation of initial weights and embeddings (biases start at 0, norms at 1)"
     )
-    layer_norm_eps: float = Field(1e-12, gt=0.0, description="added to the variance in every norm")
     pad_token_id: int | None = Field(None, ge=0, description="taken from the prepared data's tokenizer where not set")
     bos_token_id: int | None = Field(None, description="taken from the prepared data's tokenizer where not set")
     eos_token_id: int | None = Field(None, description="taken from the prepared data's tokenizer where not set")
@@ -39,8 +35,6 @@ class ModelConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
-        if self.hidden_act not in ACTIVATIONS:
-            raise ValueError(f"hidden_act {self.hidden_act!r} is unknown: choose one of {', '.join(ACTIVATIONS)}")
         if self.vocab_size and self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
             raise ValueError(f"pad_token_id {self.pad_token_id} is not below vocab_size {self.vocab_size}: lower it")
         return self
@@ -53,16 +47,26 @@ class ModelConfig(BaseModel):
         return field
 
     @property
-    def position_padding_index(self) -> int | None:
-        """The row of the position table that padding has, if it has one of its own."""
-        return None
-
-    @property
     def export_note(self) -> str | None:
         """What someone who loads an export of such a model must know, if anything."""
         return None
 
     @property
-    def longest_sequence(self) -> int:
-        """The most tokens a row may have."""
-        return self.max_position_embeddings
+    def longest_sequence(self) -> int | None:
+        """The most tokens a row may have; None: any number."""
+        return None
+
+    @property
+    def attention_chunk(self) -> int | None:
+        """Tokens of the chunks that attention stays within; None: none."""
+        return None
+
+    @property
+    def needs_encoder(self) -> bool:
+        """Whether layers attend to the hidden states of an encoder."""
+        return False
+
+    @property
+    def has_running_statistics(self) -> bool:
+        """Whether a norm keeps running statistics of the training data."""
+        return False

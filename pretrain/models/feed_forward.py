@@ -5,22 +5,22 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ...kernels.activation import ACTIVATIONS
-from ...parallel.layers import ColumnParallelLinear, RowParallelLinear, require_divisible
+from ...kernels.dropout import dropout
+from ...parallel.layers import ColumnParallelLinear, RowParallelLinear
 from ...parallel.mesh import Mesh
-from .config import ModelConfig
 
 
 class FeedForward(nn.Module):
     """Two products with an activation between, the inner features split over the tensor group."""
 
-    def __init__(self, config: ModelConfig, mesh: Mesh) -> None:
+    def __init__(self, mesh: Mesh, hidden: int, inner: int, *, activation: str, std: float, p: float = 0.0) -> None:
+        """``p``: dropout of the inner features."""
         super().__init__()
-        h, i, std = config.hidden_size, config.intermediate_size, config.initializer_range
-        require_divisible("intermediate_size", i, mesh.tensor.size)
-        self.up = ColumnParallelLinear(mesh, h, i, std=std)
-        self.activation = ACTIVATIONS[config.hidden_act]
-        self.down = RowParallelLinear(mesh, i, h, std=std)
+        self.p, self.first = p, mesh.tensor.rank * (inner // mesh.tensor.size)
+        self.up = ColumnParallelLinear(mesh, hidden, inner, std=std)
+        self.activation = ACTIVATIONS[activation]
+        self.down = RowParallelLinear(mesh, inner, hidden, std=std)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [s, b, h] → [s, b, h]"""
-        return self.down(self.activation(self.up(x)))
+    def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
+        """x: [s, b, h] → [s, b, h]; keys: [s, b], of dropout, all positions also under sequence parallelism."""
+        return self.down(dropout(self.activation(self.up(x)), self.p, keys, self.first))

@@ -1,6 +1,7 @@
 """Heads: what turns the last hidden states into predictions.
 
-Every tensor rank has all of these, so layers here get no mesh (see ``parallel.layers.LayerNorm``).
+Every tensor rank has all of these but the words' scores, so layers here get no mesh (see
+``parallel.normalization.LayerNorm``).
 """
 
 from __future__ import annotations
@@ -9,24 +10,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...kernels.activation import ACTIVATIONS
-from ...parallel.layers import LayerNorm, Linear, VocabParallelHead, word_table
+from ...parallel.layers import Linear, VocabParallelHead, word_table
 from ...parallel.mesh import Mesh
 from ...parallel.sharding import Logical
 from .config import ModelConfig
 
 
 class LanguageModelHead(nn.Module):
-    """Dense, activation, norm, then the (usually tied) word embedding as output weight, plus a bias a token
-    (arXiv 1810.04805, as released)."""
+    """The (usually tied) word embedding as output weight, plus a bias a token.
 
-    def __init__(self, config: ModelConfig, mesh: Mesh, activation: str, *, holds_embedding: bool) -> None:
+    An architecture with layers before that subclasses and adds a ``transform``.
+    """
+
+    def __init__(self, config: ModelConfig, mesh: Mesh, *, holds_embedding: bool) -> None:
         """``holds_embedding``: the stage has the word embedding, so a tied head needs no copy of it."""
         super().__init__()
         h, v, std = config.hidden_size, config.vocab_size, config.initializer_range
-        self.dense = Linear(None, h, h, std=std)
-        self.activation = ACTIVATIONS[activation]
-        self.norm = LayerNorm(None, h, config.layer_norm_eps)
         weight: Logical | None = None
         if not config.tie_word_embeddings:
             weight = word_table(mesh, v, h, std=std, padding_index=None)
@@ -36,7 +35,8 @@ class LanguageModelHead(nn.Module):
         self.decoder = VocabParallelHead(mesh, v, h, weight=weight)
 
     def transform(self, hidden: Tensor) -> Tensor:
-        return self.norm(self.activation(self.dense(hidden)))
+        """[..., h] → [..., h]"""
+        return hidden
 
     def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """hidden: [..., h] → [..., v]."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from .base import LanguageModel
+from .bert import BertModel, embedding_keys, head_aliases, head_keys
 from .config import ModelConfig
-from .huggingface_keys import HuggingFaceKeys, embedding_keys, head_aliases, head_keys, layer_keys
+from .huggingface_keys import HuggingFaceKeys, layer_keys
 from .transformer import PreNormLayer, TransformerConfig, transformer_flops_per_row, transformer_keys
 
 
@@ -19,7 +19,7 @@ class MegatronBertConfig(TransformerConfig):
     pad_token_id: int | None = ModelConfig.with_default("pad_token_id", 0)
 
 
-class MegatronBert(LanguageModel):
+class MegatronBert(BertModel):
     name = "megatron-bert"
     config_class = MegatronBertConfig
     heads_allowed = ("lm", "nsp")

@@ -9,9 +9,9 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from ..batch import Batch
-from .base import LanguageModel
+from .bert import BertModel, embedding_keys
 from .config import ModelConfig
-from .huggingface_keys import HuggingFaceKeys, embedding_keys, layer_keys
+from .huggingface_keys import HuggingFaceKeys, layer_keys
 from .transformer import PreNormLayer, TransformerConfig, transformer_flops_per_row, transformer_keys
 
 
@@ -44,7 +44,7 @@ class RobertaPreLayerNormConfig(TransformerConfig):
         return self.max_position_embeddings - self.pad_token_id - 1
 
 
-class RobertaPreLayerNorm(LanguageModel):
+class RobertaPreLayerNorm(BertModel):
     name = "roberta-prelayernorm"
     config_class = RobertaPreLayerNormConfig
     embedding_norm = True

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from ...kernels.attention import attention
 from ...kernels.dropout import dropout_add, stream
-from ...parallel.layers import ColumnParallelLinear, Embedding, LayerNorm, RowParallelLinear, require_divisible
+from ...parallel.layers import ColumnParallelLinear, Embedding, RowParallelLinear, require_divisible
 from ...parallel.mappings import copy_to_tensor_region
 from ...parallel.mesh import Mesh
+from ...parallel.normalization import LayerNorm
 from .base import Context
-from .config import ModelConfig
+from .bert import BertConfig
 from .feed_forward import FeedForward
 from .huggingface_keys import HuggingFaceKeys, layer_keys
 
@@ -23,7 +24,7 @@ PositionEmbeddingType = Literal["absolute", "relative_key", "relative_key_query"
 ATTENTION_OUTPUT, FEED_FORWARD_OUTPUT, ATTENTION_WEIGHTS = 0, 1, 2
 
 
-class TransformerConfig(ModelConfig):
+class TransformerConfig(BertConfig):
     """What the architectures with ordinary attention add."""
 
     split_over_tensor = ("num_attention_heads", "intermediate_size")
@@ -115,7 +116,8 @@ class PreNormLayer(nn.Module):
         self.attention_norm = LayerNorm(mesh, config.hidden_size, config.layer_norm_eps)
         self.attention = SelfAttention(config, mesh, index)
         self.feed_forward_norm = LayerNorm(mesh, config.hidden_size, config.layer_norm_eps)
-        self.feed_forward = FeedForward(config, mesh)
+        h, inner = config.hidden_size, config.intermediate_size
+        self.feed_forward = FeedForward(mesh, h, inner, activation=config.hidden_act, std=config.initializer_range)
 
     def forward(self, hidden: Tensor, context: Context) -> Tensor:
         attended = self.attention(self.attention_norm(hidden), context)

@@ -12,8 +12,9 @@ from models import fill
 from torch import nn
 
 from farspan.parallel.lamb import Contents, Lamb
-from farspan.parallel.layers import ColumnParallelLinear, LayerNorm, Linear, RowParallelLinear, VocabParallelEmbedding
+from farspan.parallel.layers import ColumnParallelLinear, Linear, RowParallelLinear, VocabParallelEmbedding
 from farspan.parallel.mesh import Axis, Mesh
+from farspan.parallel.normalization import LayerNorm
 from farspan.parallel.replicated import ReplicatedOptimizer
 from farspan.parallel.sharding import logical_of
 from farspan.parallel.zero import ZeroOptimizer

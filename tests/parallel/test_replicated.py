@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from models import fill
 from torch import nn
 
-from farspan.parallel.layers import LayerNorm, Linear
+from farspan.parallel.layers import Linear
 from farspan.parallel.mesh import Mesh
+from farspan.parallel.normalization import LayerNorm
 from farspan.parallel.replicated import ReplicatedOptimizer, parameter_groups, sum_of_squares
 
 STEPS, CLIP, RATES = 6, 0.7, [1e-2, 2e-2, 5e-3, 1e-2, 1e-3, 3e-2]

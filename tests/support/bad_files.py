@@ -251,7 +251,7 @@ CHECKPOINT = [
     Kind(
         "weights of another shape",
         with_tensors(WEIGHTS, lambda t: t.update({"final_norm.weight": torch.ones(5)})), RESUME,
-        f"@/{WEIGHTS} has final_norm.weight as F32 [5], manifest.json says that it is floating point [32]: the "
+        f"@/{WEIGHTS} has final_norm.weight as F32 [5], manifest.json says that it is a weight of shape [32]: the "
         "checkpoint is not whole, take another",
     ),
     Kind(

@@ -29,6 +29,10 @@ TINY = {
     "max_position_embeddings": 24,
     "hidden_dropout_prob": 0.1,
     "attention_probs_dropout_prob": 0.1,
+    "shared_representation_size": 16,
+    "nffn_hidden_size": 40,
+    "ema_projection_size": 4,
+    "max_positions": 24,
 }
 LENGTH = 16
 
@@ -39,6 +43,7 @@ class Description:
 
     model_type: str
     fields: dict[str, Any]
+    dtype: torch.dtype = torch.float32
 
     @property
     def config(self) -> ModelConfig:
@@ -56,7 +61,7 @@ class Description:
     def filled(self, mesh: Mesh, stage: Stage | None = None) -> LanguageModel:
         model = self.build(mesh, stage)
         fill(model, mesh.tensor)
-        return model
+        return model.to(self.dtype)
 
 
 @torch.no_grad()
