@@ -61,6 +61,7 @@ class MegaConfig(PretrainedConfig):  # type: ignore[misc]
     """
 
     model_type = "mega"
+    _auto_class = "AutoConfig"
 
     def __init__(
         self,

@@ -76,7 +76,11 @@ class MegaState:
 
 
 class MegaPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
-    """Loading, saving and initial values."""
+    """Loading, saving and initial values.
+
+    `_auto_class` in each model makes `save_pretrained` put these files beside the weights. Loading through an Auto
+    class would set it too, but not where transformers has a class of the same name (4.38 to 4.57).
+    """
 
     config_class = MegaConfig
     base_model_prefix = "mega"
@@ -144,6 +148,8 @@ class MegaPooler(nn.Module):
 
 class MegaModel(MegaPreTrainedModel):
     """MEGA without a head: an encoder, or with `is_decoder` a decoder."""
+
+    _auto_class = "AutoModel"
 
     def __init__(self, config: MegaConfig, add_pooling_layer: bool = True) -> None:
         super().__init__(config)
@@ -252,6 +258,7 @@ class MegaLanguageModel(MegaPreTrainedModel):
 class MegaForMaskedLM(MegaLanguageModel):
     """MEGA with a masked language modelling head."""
 
+    _auto_class = "AutoModelForMaskedLM"
     _tied_weights_keys = tied("mlm_head.weight")
 
     def __init__(self, config: MegaConfig) -> None:
@@ -298,6 +305,7 @@ class MegaForMaskedLM(MegaLanguageModel):
 class MegaForCausalLM(MegaLanguageModel, GenerationMixin):  # type: ignore[misc]
     """MEGA with a causal language modelling head. `generate()` carries a `MegaState` from token to token."""
 
+    _auto_class = "AutoModelForCausalLM"
     _tied_weights_keys = tied("lm_head.weight")
 
     def __init__(self, config: MegaConfig) -> None:
@@ -412,6 +420,8 @@ def head_dropout(config: MegaConfig) -> float:
 class MegaForSequenceClassification(MegaPreTrainedModel):
     """MEGA with a classification or regression head on the first token."""
 
+    _auto_class = "AutoModelForSequenceClassification"
+
     def __init__(self, config: MegaConfig) -> None:
         super().__init__(config)
         self.num_labels = config.num_labels
@@ -463,6 +473,8 @@ class MegaForSequenceClassification(MegaPreTrainedModel):
 class MegaForTokenClassification(MegaPreTrainedModel):
     """MEGA with a classification head on each token."""
 
+    _auto_class = "AutoModelForTokenClassification"
+
     def __init__(self, config: MegaConfig) -> None:
         super().__init__(config)
         self.num_labels = config.num_labels
@@ -501,6 +513,8 @@ class MegaForTokenClassification(MegaPreTrainedModel):
 class MegaForMultipleChoice(MegaPreTrainedModel):
     """MEGA with a score for each of several rows, the choices."""
 
+    _auto_class = "AutoModelForMultipleChoice"
+
     def __init__(self, config: MegaConfig) -> None:
         super().__init__(config)
         self.mega = MegaModel(config)
@@ -536,6 +550,8 @@ class MegaForMultipleChoice(MegaPreTrainedModel):
 
 class MegaForQuestionAnswering(MegaPreTrainedModel):
     """MEGA with a head for the start and the end of an answer in the row."""
+
+    _auto_class = "AutoModelForQuestionAnswering"
 
     def __init__(self, config: MegaConfig) -> None:
         super().__init__(config)
