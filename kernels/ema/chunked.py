@@ -136,7 +136,7 @@ def _convolve(
         for by in range(whole + 1, min(whole + 3, steps)):
             line = _kernel(c, k, (by - 1) * size + 1, 2 * size - 1, truncation)
             line, by = (line.flip(-1), -by) if k else (line, by)
-            y = torch.baddbmm(y, shift(x, by, lanes.counts, dim=1), _toeplitz(line))
+            y = y.baddbmm_(shift(x, by, lanes.counts, dim=1), _toeplitz(line))
     return y, last
 
 
@@ -159,7 +159,7 @@ def _carry(
         state = scan(u, log_decay.expm1(), steps, backwards=False)[len(start) :]
     else:
         state = scan(u, log_decay.expm1(), counts, backwards=bool(k))
-    y = torch.baddbmm(y, state.transpose(0, 1), from_state)
+    y = y.baddbmm_(state.transpose(0, 1), from_state)
     if length is not None or k or not isinstance(lanes, Rows):
         return y, None
     rest, b = lanes.rest, counts[-1]
