@@ -145,6 +145,13 @@ def test_every_length(s: int, directions: int, odds: str) -> None:
             assert_near(found(inputs, torch.float32, form=form), target, TOLERANCE[torch.float32])
 
 
+def test_decay_over_thousands_of_chunks() -> None:
+    """It would round to a multiple of 6e-8, and the error grow with every chunk."""
+    inputs = make(9999, 1, 2, 3, log_odds=LOG_ODDS["close to 1"])
+    with mock.patch.object(lanes, "CHUNK", 1):
+        assert_near(found(inputs, torch.float32), expected(inputs), TOLERANCE[torch.float32])
+
+
 @pytest.mark.parametrize("truncation", [1, 5, 64, 65, 127, 1000, 5000])
 def test_truncation(truncation: int) -> None:
     """Other than as a difference of two averages: that would cancel where q is close to 1."""
