@@ -3,7 +3,8 @@
 Dropout 0.1 on hidden states and attention, real text in packed rows, up to four ranks on a CPU.  In float32 every step
 must agree to 1e-4; in bfloat16 the runs must stay closer to the single rank's than two seeds are to each other.
 
-    python benchmarks/layouts.py [--steps 200] [--dtypes float32 bfloat16] [--out benchmarks/layouts]
+    python benchmarks/layouts.py [--model roberta-prelayernorm] [--steps 200] [--dtypes float32 bfloat16]
+                                 [--layouts TP2 …] [--out benchmarks/layouts]
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "ZeRO 1, offload": {"parallel.zero_stage": 1} | OFFLOAD,
     "DP2, ZeRO 1, offload": _zero(1) | OFFLOAD,
     "DP2, ZeRO 3, offload": _zero(3) | OFFLOAD,
+    "TP2 × PP2": {"parallel.tensor": 2, "parallel.pipeline": 2},
     "TP2 × PP2 + SP": SEQUENCE | {"parallel.pipeline": 2},
     "TP2 × PP2 interleaved + SP": SEQUENCE | INTERLEAVED,
     "TP2 × DP2, ZeRO 1": {"parallel.tensor": 2} | _zero(1),
@@ -74,13 +76,13 @@ def worst(run: Steps, single: Steps) -> tuple[float, float]:
 class Trainer:
     """Runs ``farspan train`` on prepared text, and reads what it logged."""
 
-    def __init__(self, folder: Path, steps: int) -> None:
+    def __init__(self, folder: Path, steps: int, model: str) -> None:
         self.folder, self.steps = folder, steps
         text = ROOT / "launch/text/state-of-the-union-1934-1960.txt"
         prepare = ["prepare", str(folder / "data"), "--input", str(text), "--vocab-size", "1000", "--processes", "1"]
         if run_ranks(prepare, 1):
             raise SystemExit("the text could not be prepared")
-        (folder / "run.yaml").write_text(RECIPE)
+        (folder / "run.yaml").write_text(f"model: {MODELS[model]}\n{RECIPE}")
 
     def __call__(self, name: str, overrides: dict[str, Any]) -> Steps:
         run_dir = self.folder / name.replace(" ", "-")
@@ -93,10 +95,19 @@ class Trainer:
         return [(line["loss"], line["grad_norm"]) for line in lines if "loss" in line]
 
 
+_MEGA = (
+    "model_type: mega, hidden_size: 64, num_hidden_layers: 4, intermediate_size: 128, nffn_hidden_size: 128, "
+    "shared_representation_size: 32, ema_projection_size: 8"
+)
+MODELS = {
+    "roberta-prelayernorm": "{model_type: roberta-prelayernorm, hidden_size: 64, num_hidden_layers: 4, "
+    "num_attention_heads: 4, intermediate_size: 128, max_position_embeddings: 66}",
+    "mega": f"{{{_MEGA}}}",
+    "mega-chunked": f"{{{_MEGA}, use_chunking: true, chunk_size: 16, attention_activation: laplace, "
+    "relative_positional_bias: simple, use_feature_dropout: true, normalization_type: layernorm}",
+}
 RECIPE = """\
 run_dir: set on the command line
-model: {model_type: roberta-prelayernorm, hidden_size: 64, num_hidden_layers: 4, num_attention_heads: 4,
-        intermediate_size: 128, max_position_embeddings: 66}
 data: {folder: set on the command line, sequence_length: 64}
 training: {global_batch_size: 16, micro_batch_size: 4}
 optimizer: {lr: 1.0e-3}
@@ -109,7 +120,7 @@ def _yaml(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def measure(trainer: Trainer, dtype: str) -> tuple[list[str], bool]:
+def measure(trainer: Trainer, dtype: str, layouts: list[str]) -> tuple[list[str], bool]:
     """The table of one precision, and whether every layout is within its limit."""
     kind = {"training.dtype": dtype}
     single = trainer(f"{dtype} 1 rank", kind)
@@ -119,8 +130,8 @@ def measure(trainer: Trainer, dtype: str) -> tuple[list[str], bool]:
         seed = trainer(f"{dtype} another seed", kind | {"training.seed": 4321})
         limit = worst(seed, single)
         rows.append(("1 rank, another seed", seed, limit))
-    for name, overrides in LAYOUTS.items():
-        run = trainer(f"{dtype} {name}", kind | overrides)
+    for name in layouts:
+        run = trainer(f"{dtype} {name}", kind | LAYOUTS[name])
         rows.append((name, run, worst(run, single)))
     table = [
         "| layout | last loss | last gradient norm | worst difference: loss | gradient norm |",
@@ -134,24 +145,27 @@ def measure(trainer: Trainer, dtype: str) -> tuple[list[str], bool]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="roberta-prelayernorm")
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--out", metavar="PATH", help="write PATH.md")
     arguments = parser.parse_args()
     page = [
-        "# The layout contract, measured",
+        f"# The layout contract, measured: {arguments.model}",
         "",
         f"{arguments.steps} steps of one run in every layout, dropout 0.1, MLM on real text in packed rows; the loss",
         "and gradient norm of every step against the single rank's (largest relative difference). TP: tensor ranks,",
-        "SP: sequence parallelism, PP: pipeline ranks, DP: replicas. gloo, on a CPU. `python benchmarks/layouts.py`",
+        "SP: sequence parallelism, PP: pipeline ranks, DP: replicas. gloo, on a CPU.",
+        f"`python benchmarks/layouts.py --model {arguments.model}`, model: `{MODELS[arguments.model]}`.",
         "",
         *bullets(about("torch", "megatron-core", "deepspeed")),
     ]
     held = True
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(Path(folder), arguments.steps)
+        trainer = Trainer(Path(folder), arguments.steps, arguments.model)
         for dtype in arguments.dtypes:
-            table, within = measure(trainer, dtype)
+            table, within = measure(trainer, dtype, arguments.layouts)
             limit = "1e-4 at every step" if dtype == "float32" else "what two seeds differ by"
             page += ["", f"## {dtype}: limit {limit}, {'held' if within else 'NOT HELD'}", "", *table]
             held = held and within

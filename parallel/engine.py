@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .loss_scale import LossScale
 from .mesh import Mesh
+from .normalization import BatchNorm
 from .pipeline import Loss, Schedule
 from .replicated import MakeOptimizer, ReplicatedOptimizer
 from .zero import ZeroOptimizer
@@ -71,6 +72,7 @@ class Engine:
             self.optimizer = ZeroOptimizer(
                 self.module, mesh, make_optimizer, stage=zero_stage, offload=offload_optimizer, clip=clip
             )
+        self.stepping = [m for m in self.module.modules() if isinstance(m, BatchNorm)]
         self.schedule = Schedule(mesh, hidden_size=hidden_size, dtype=dtype)
 
     def train_batch(
@@ -109,6 +111,8 @@ class Engine:
         self._reduce_tied()
         norm = optimizer.step(learning_rate, scale)
         self.loss_scale.update(math.isfinite(norm))
+        for module in self.stepping:
+            module.end_step(keep=math.isfinite(norm))
         rows = torch.cat([result[self.statistics :] for result in results]) if results else torch.empty(0)
         return StepResult(self._total(results), norm, scale, rows)
 

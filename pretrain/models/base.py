@@ -86,7 +86,7 @@ class Context:
     part: slice
     recompute: Recompute
     encoder: Encoder | None = None
-    memory: Memory | None = None
+    cache: Cache | None = None
 
     @staticmethod
     def of(
@@ -98,7 +98,7 @@ class Context:
         recompute: Recompute = "none",
         attention_chunk: int | None = None,
         encoder: Encoder | None = None,
-        memory: Memory | None = None,
+        cache: Cache | None = None,
     ) -> Context:
         indices = batch.indices
         documents = Documents.of(batch.document_ids, indices, batch.attention, causal=causal)
@@ -106,7 +106,7 @@ class Context:
         starts = (indices - batch.positions).t()
         part = sequence_part(indices.shape[1], mesh)
         return Context(
-            documents, attended, indices[:1].t(), starts, dropout, part, recompute, encoder=encoder, memory=memory
+            documents, attended, indices[:1].t(), starts, dropout, part, recompute, encoder=encoder, cache=cache
         )
 
     @property
@@ -142,7 +142,7 @@ class Encoder:
 
 
 @dataclasses.dataclass(frozen=True)
-class Memory:
+class Cache:
     """What a causal model carries from the tokens it has seen to the next: ``seen``, how many of each row; by layer,
     whatever the architecture keeps.  A layer reads ``before`` and writes ``after``."""
 
@@ -150,9 +150,9 @@ class Memory:
     before: Mapping[int, Any] = dataclasses.field(default_factory=dict)
     after: dict[int, Any] = dataclasses.field(default_factory=dict)
 
-    def next(self, tokens: int) -> Memory:
+    def next(self, tokens: int) -> Cache:
         """For the tokens that follow these."""
-        return Memory(self.seen + tokens, self.after)
+        return Cache(self.seen + tokens, self.after)
 
 
 class LanguageModel(nn.Module):
@@ -161,7 +161,7 @@ class LanguageModel(nn.Module):
     name: ClassVar[str]
     config_class: ClassVar[type[ModelConfig]]
     heads_allowed: ClassVar[tuple[str, ...]] = ("lm",)
-    carries_memory: ClassVar[bool] = False  # whether tokens can be given a few at a time (see Memory)
+    has_cache: ClassVar[bool] = False  # whether tokens can be given a few at a time (see Cache)
     embeddings: Embeddings  # on the first stage
     lm_head: LanguageModelHead  # on the last, where the heads include it
 
@@ -241,20 +241,20 @@ class LanguageModel(nn.Module):
         recompute: Recompute = "none",
         count_correct: bool = False,
         encoder: Encoder | None = None,
-        memory: Memory | None = None,
+        cache: Cache | None = None,
     ) -> Any:
         """Run one chunk of this stage.
 
         ``hidden``: [s, b, h] from the chunk before (under sequence parallelism a part of the positions); None for the
         first.  ``recompute``: which activations the backward pass computes again.  ``encoder``: see ``Encoder``.
-        ``memory``: of the tokens before these (``carries_memory``); its ``after`` is filled.  Returns [s, b, h], and
+        ``cache``: of the tokens before these (``has_cache``); its ``after`` is filled.  Returns [s, b, h], and
         for the model's last chunk a dict: for "loss" ``lm_losses`` and ``lm_correct`` [b, p] (``sentence_losses``,
         ``sentence_correct`` [b] with the nsp head), in nats; for "logits" ``logits`` [b, s, v], ``last_hidden_state``
         [b, s, h] (and ``seq_relationship_logits`` [b, 2]).
         """
         context = Context.of(
             batch, self.mesh, causal=self.config.is_decoder, dropout=dropout, recompute=recompute,
-            attention_chunk=self.config.attention_chunk, encoder=encoder, memory=memory,
+            attention_chunk=self.config.attention_chunk, encoder=encoder, cache=cache,
         )  # fmt: skip
         if self.stage.begins(chunk):
             hidden = self.embed(batch, context)

@@ -58,7 +58,7 @@ class DampedEma(nn.Module):
         """x: [s, b, h/t] → the same, and the state after the last position where the context carries one."""
         y, state = ema(
             x, self.damping(), self.decay(), self.expansion(), self.projection(), documents=context.documents,
-            state=state, carry=context.memory is not None, truncation=self.truncation,
+            state=state, carry=context.cache is not None, truncation=self.truncation,
         )  # fmt: skip
         return F.silu(y + x * self.residual()), state
 
@@ -160,11 +160,11 @@ class GatedAttention(Gated):
         whole = gather_for_shares(normed, self.mesh)  # all positions and features
         values = self._drop(self.activation(self.values(whole)), self.config.hidden_dropout_prob, VALUES, context)
         own = whole.shape[-1] // self.mesh.tensor.size
-        memory: LayerMemory | None = None
-        if context.memory is not None:
-            memory = context.memory.before.get(self.index, LayerMemory())
+        cache: LayerCache | None = None
+        if context.cache is not None:
+            cache = context.cache.before.get(self.index, LayerCache())
         averaged, state = self.ema(
-            whole.narrow(-1, self.mesh.tensor.rank * own, own), context, None if memory is None else memory.ema
+            whole.narrow(-1, self.mesh.tensor.rank * own, own), context, None if cache is None else cache.ema
         )
         averaged = self._drop(averaged, self.config.dropout_prob, EMA_OUTPUT, context)
         averaged = gather_features(averaged, self.mesh.tensor)
@@ -172,12 +172,12 @@ class GatedAttention(Gated):
         shared = F.silu(self.shared(averaged)).unsqueeze(2)
         query, key = (shared * self.query_key_scale() + self.query_key_offset()).split(1, 2)  # [s, b, 1, z] each
         values = values.unsqueeze(2)  # one head
-        if memory is None:
+        if cache is None:
             attended = context.run("selective", self._attend, query, key, values, context)
         else:
-            attended, kept = self._attend_on(query, key, values, context, memory.kept)
-            assert context.memory is not None
-            context.memory.after[self.index] = dataclasses.replace(memory, ema=state, kept=kept)
+            attended, kept = self._attend_on(query, key, values, context, cache.kept)
+            assert context.cache is not None
+            context.cache.after[self.index] = dataclasses.replace(cache, ema=state, kept=kept)
         gated = attended.squeeze(2) * F.silu(self.attention_gate(averaged))
         y = self.candidate(averaged) + self.output(gated)
         return self._finish(x, torch.sigmoid(self.residual_gate(averaged)), y, OUTPUT, context)
@@ -195,10 +195,10 @@ class GatedAttention(Gated):
         self, query: Tensor, key: Tensor, values: Tensor, context: Context, kept: Kept | None
     ) -> tuple[Tensor, Kept]:
         """The same for tokens that follow others, of which those of the last chunk are kept."""
-        assert context.memory is not None
+        assert context.cache is not None
         real, length = context.documents.document_ids.t() > 0, len(query)
         kept = kept or Kept(key[:0], values[:0], real[:0])
-        size = self.config.attention_chunk or context.memory.seen + length
+        size = self.config.attention_chunk or context.cache.seen + length
         parts, start = [], 0
         while start < length:
             offset = len(kept.keys)
@@ -228,7 +228,7 @@ class Kept:
 
 
 @dataclasses.dataclass(frozen=True)
-class LayerMemory:
+class LayerCache:
     """What a layer carries from the tokens seen."""
 
     ema: EmaState | None = None
@@ -258,7 +258,7 @@ class GatedCrossAttention(Gated):
         key, values = self._of_encoder(context)
         values = self._drop_values(values, context)
         query = self.query(whole).unsqueeze(2)
-        seen = 0 if context.memory is None else context.memory.seen
+        seen = 0 if context.cache is None else context.cache.seen
         attended = attention_to(
             query, key, values, real=context.encoder.real, offset=seen, p=self.config.attention_probs_dropout_prob,
             keys=self._weight_keys(CROSS_WEIGHTS, context), bias=self.bias(max(seen + len(query), len(key))),
@@ -269,14 +269,14 @@ class GatedCrossAttention(Gated):
 
     def _of_encoder(self, context: Context) -> tuple[Tensor, Tensor]:
         """Keys [source, b, 1, z] and values [source, b, 1, h/t]."""
-        memory = None if context.memory is None else context.memory.after[self.index]
-        if memory is not None and memory.encoder is not None:
-            return memory.encoder
+        cache = None if context.cache is None else context.cache.after[self.index]
+        if cache is not None and cache.encoder is not None:
+            return cache.encoder
         assert context.encoder is not None
         hidden = copy_to_tensor_region(context.encoder.hidden.transpose(0, 1), self.mesh.tensor)
         made = self.key(hidden).unsqueeze(2), self.activation(self.values(hidden)).unsqueeze(2)
-        if memory is not None and context.memory is not None:
-            context.memory.after[self.index] = dataclasses.replace(memory, encoder=made)
+        if cache is not None and context.cache is not None:
+            context.cache.after[self.index] = dataclasses.replace(cache, encoder=made)
         return made
 
     def _drop_values(self, values: Tensor, context: Context) -> Tensor:

@@ -98,7 +98,7 @@ class MegaHead(LanguageModelHead):
 class Mega(LanguageModel):
     name = "mega"
     config_class = MegaConfig
-    carries_memory = True
+    has_cache = True
     config: MegaConfig
 
     def make_layer(self, index: int) -> MegaLayer:
