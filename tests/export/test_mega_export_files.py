@@ -157,11 +157,12 @@ def test_generate_follows_the_logits(config: dict[str, Any], tmp_path: Path) -> 
             ids, mask = torch.cat([ids, chosen], 1), F.pad(mask, (0, 1), value=1)
     options = {**GREEDY, "max_new_tokens": 12}
     lengths = []
-    hook = model.mega.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
+    model.mega.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
     assert torch.equal(model.generate(**inputs, **options), ids)
-    hook.remove()
     assert lengths == [13] + [1] * 11  # each token once: the state is carried
+    lengths.clear()
     assert torch.equal(model.generate(**inputs, **options, use_cache=False), ids)
+    assert lengths == list(range(13, 25))
     beams = {**inputs, **options, "num_beams": 3}
     assert torch.equal(model.generate(**beams), model.generate(**beams, use_cache=False))
 
@@ -170,8 +171,9 @@ def test_generate_goes_on_from_a_state(tmp_path: Path) -> None:
     model = make_model(tmp_path / "folder", "CausalLM", **CHUNKS)
     ids = make_inputs(13)["input_ids"]
     first = model.generate(ids, **GREEDY, max_new_tokens=7, return_dict_in_generate=True)
-    whole = model.generate(ids, **GREEDY, max_new_tokens=15)
-    more = model.generate(first.sequences, **GREEDY, max_new_tokens=8, past_key_values=first.past_key_values)
+    longer = torch.cat([first.sequences, ids[:, :3]], 1)
+    whole = model.generate(longer, **GREEDY, max_new_tokens=8)
+    more = model.generate(longer, **GREEDY, max_new_tokens=8, past_key_values=first.past_key_values)
     assert torch.equal(more, whole)
 
 

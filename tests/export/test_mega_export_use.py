@@ -67,7 +67,12 @@ def test_heads_learn(tmp_path: Path) -> None:
             )
         ]
         torch.testing.assert_close(output.loss, sum(expected) / len(expected))
-        assert model(**given, **labels, return_dict=False)[0] == output.loss
+        as_tuple = model(**given, **labels, return_dict=False)
+        assert isinstance(as_tuple, tuple) and as_tuple[0] == output.loss
+        if head == "SequenceClassification":
+            first = model.mega(**given).last_hidden_state[:, 0]
+            layers = model.classifier
+            torch.testing.assert_close(output.logits, layers.out_proj(torch.tanh(layers.dense(first))))
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
         torch.manual_seed(1)
         for _ in range(3):
@@ -204,6 +209,24 @@ def test_impossible_configs_are_refused(config: dict[str, Any], message: str, tm
     with pytest.raises(ValueError) as caught:
         transformers.AutoModel.from_config(auto_config(folder), trust_remote_code=True)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_config_that_became_impossible_is_refused(tmp_path: Path) -> None:
+    config = auto_config(write_folder(tmp_path / "folder", {}))
+    config.is_decoder = True
+    with pytest.raises(ValueError, match="set bidirectional=False"):
+        transformers.AutoModel.from_config(config, trust_remote_code=True)
+
+
+def test_loaded_without_an_auto_class_it_saves_its_code_all_the_same(tmp_path: Path) -> None:
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    make_model(tmp_path / "folder", "MaskedLM")
+    for index, reference in enumerate(["modeling_mega.MegaForMaskedLM", "modeling_mega.MegaForQuestionAnswering"]):
+        model = get_class_from_dynamic_module(reference, tmp_path / "folder").from_pretrained(tmp_path / "folder")
+        model.save_pretrained(tmp_path / f"again{index}")
+        written = {file.name for file in (tmp_path / f"again{index}").iterdir()}
+        assert {file.name for file in FILES.glob("*.py")} <= written
 
 
 def test_wrong_calls_are_refused(tmp_path: Path) -> None:

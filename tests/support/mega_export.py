@@ -242,6 +242,7 @@ CASES: dict[str, tuple[str, int, str, dict[str, Any]]] = {
         "holes",
         {**CHUNKS, "truncation": 70, "attention_activation": "laplace", "add_lm_hidden_dense_layer": False},
     ),
+    "three tiles, whole rows": ("CausalLM", 150, "right", {"num_hidden_layers": 1}),
     "causal softmax, left": (
         "CausalLM",
         29,
