@@ -78,7 +78,7 @@ class Documents:
 
     def rows(self, x: Tensor) -> Tensor:
         """[s, b, h, ...] → [n, h, l, ...]: rows, or their chunks, with zeros after the last token."""
-        s, b = self.shape
+        s, _ = self.shape
         l = self.chunk or s
         x = F.pad(x, (0, 0) * (x.dim() - 1) + (0, -s % l)) if s % l else x
         x = x.unflatten(0, (-1, l)).movedim(2, 0).flatten(0, 1)  # [b · chunks, l, h, ...]
@@ -182,13 +182,18 @@ class Documents:
         lengths, padded = self.stretches.lengths[order], padded[order]
         slots, real = self._slots(self.stretches.starts[order], lengths, padded)
         first = self._moved(self.stretches.first[order])
+        # In rows that are not packed a causal query's number counts the padding before it, as in the dense form.
+        counted = self.causal and self.kind == "padding"
+        before = self._moved(self.stretches.starts[order] % self.shape[0]) if counted else None
         groups, slot, document = [], 0, 0
         for l, n in zip(*(x.tolist() for x in padded.unique_consecutive(return_counts=True)), strict=True):
             of_group = slice(document, document + n)
             # Empty slots come last in a stretch: a causal query meets none.
             seen = None if self.causal or bool((lengths[of_group] == l).all()) else real[slot : slot + n * l]
             mask = None if seen is None else seen.view(n, 1, 1, l)
-            groups.append(Group(n, l, mask, None if first is None else first[of_group]))
+            number = torch.arange(1, l + 1, device=self.document_ids.device).unsqueeze(1)
+            places = None if before is None else before[of_group].view(n, 1, 1, 1) + number
+            groups.append(Group(n, l, mask, None if first is None else first[of_group], places))
             slot, document = slot + n * l, document + n
         return slots, groups
 
@@ -261,7 +266,7 @@ class Group:
 
     ``mask``: bool, broadcasts with [n, h, l, l], True where a query sees a key; None: everywhere, or where attention is
     causal everywhere before.  ``first``: [n], the index of each stretch's first token; None: 0.  ``places``: [n, 1, l,
-    1], the number of each query in its document, from 1; None: in its stretch.
+    1], the number of each query, from 1, by which causal attention divides; None: its number in the stretch.
     """
 
     n: int

@@ -149,6 +149,21 @@ def test_features_from_another_than_the_first(features: int) -> None:
         assert torch.equal(part[row], whole[row, :, start : start + features])
 
 
+@pytest.mark.parametrize("first", [0, 1, 2, 7, 34])
+@pytest.mark.parametrize("features", [1, 2, 7, 64])
+def test_a_slice_of_the_features(features: int, first: int) -> None:
+    """As a tensor rank has one: the same number for all rows."""
+    keys = DropoutKey(5, 2, torch.arange(3)).rows(4, torch.arange(6).unsqueeze(1))
+    whole = keep_mask(keys, 100, 0.3)
+    part = keep_mask(keys, features, 0.3, first)
+    assert part.shape == (6, 3, features)
+    assert torch.equal(part, whole[..., first : first + features])
+    assert torch.equal(part, keep_mask(keys, features, 0.3, torch.tensor(first)))
+    x = torch.randn(6, 3, 100, generator=torch.Generator().manual_seed(0))
+    sliced = slice(first, first + features)
+    assert torch.equal(dropout(x[..., sliced], 0.3, keys, first), dropout(x, 0.3, keys)[..., sliced])
+
+
 def test_no_two_keys_are_equal() -> None:
     heads = torch.arange(4).view(-1, 1, 1) * (1 << 32)
     keys = torch.cat(

@@ -79,6 +79,17 @@ def test_initial_values_depend_on_seed_and_name_alone():
     assert torch.equal(initial_value("x", Logical((3,), fill=1.0), 1), torch.ones(3))
 
 
+@pytest.mark.parametrize("means", [(2.0,), (1.0, -1.0), (3.0, 0.0, 5.0), (1.0, 2.0, 3.0, 4.0, 5.0, 6.0)])
+def test_means_repeat_along_the_last_dimension(means):
+    logical = Logical((2, 4, 5), std=0.5, means=means)
+    noise = initial_value("expansion", dataclasses.replace(logical, means=()), 1)
+    value = initial_value("expansion", logical, 1)
+    for i in range(5):
+        torch.testing.assert_close(value[..., i], noise[..., i] + means[i % len(means)], rtol=0, atol=1e-6)
+    zero = initial_value("expansion", dataclasses.replace(logical, zero_row=1), 1)
+    assert torch.equal(zero[0], value[0]) and not zero[1].any()
+
+
 class Holder(nn.Module):
     """Parameters of one tensor rank, in shapes of their own."""
 
@@ -99,6 +110,8 @@ def test_the_same_values_however_many_ranks(ranks):
         "qkv": Logical((3, 8, 6), dim=1, std=0.5),
         "output": Logical((6, 8), dim=1, std=0.5),
         "norm": Logical((6,), fill=1.0),
+        "expansion": Logical((2, 8, 5), dim=1, std=0.5, means=(1.0, -1.0)),
+        "residual": Logical((12,), dim=0, std=0.5, means=(1.0, 2.0, 4.0, 8.0, 16.0)),
     }
     holders = [Holder(logicals, Axis(rank, ranks, None)) for rank in range(ranks)]
     for rank, holder in enumerate(holders):

@@ -11,6 +11,7 @@ import torch
 from comparison import difference
 from torch import Tensor
 
+from farspan.kernels.attention import Weights
 from farspan.kernels.documents import Documents, Form
 from farspan.kernels.dropout import DropoutKey, keep_mask, stream
 
@@ -35,17 +36,21 @@ class Case:
 
     document_ids: Tensor  # [b, s]
     indices: Tensor  # [b, s]
-    q: Tensor  # [s, b, h, d], as the other two
+    q: Tensor  # [s, b, h, d], as k
     k: Tensor
-    v: Tensor
+    v: Tensor  # [s, b, h, e]
     upstream: Tensor  # gradient of the result, zero for padding
     keys: Tensor  # [h, s, b]
     table: Tensor
+    bias: Tensor
 
-    def options(self, dropping: bool, distances: int) -> dict[str, Any]:
+    def options(
+        self, dropping: bool, distances: int, *, biased: bool = False, weights: Weights = "softmax"
+    ) -> dict[str, Any]:
         """``distances``: 0 none, 1 met by the query, 2 by the key too."""
         options: dict[str, Any] = {"p": P, "keys": self.keys} if dropping else {}
-        return options | ({"distances": self.table, "distance_keys": distances == 2} if distances else {})
+        options |= {"distances": self.table, "distance_keys": distances == 2} if distances else {}
+        return options | ({"bias": self.bias} if biased else {}) | {"weights": weights}
 
     def documents(self, kind: Any, causal: bool, form: Form | None) -> Documents:
         return Documents.of(self.document_ids, self.indices, kind, causal=causal, form=form)
@@ -63,8 +68,8 @@ class Case:
         return Case(**values)
 
 
-def make_case(rows: list[list[tuple[int, int]]], *, size: int = 4, seed: int = 0) -> Case:
-    """float64; ``size``: features of a head."""
+def make_case(rows: list[list[tuple[int, int]]], *, size: int = 4, values: int | None = None, seed: int = 0) -> Case:
+    """float64; ``size``: features of a head; ``values``: of its values, if they are others."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.tensor([[document for document, n in row for _ in range(n)] for row in rows])
     b, s = ids.shape
@@ -74,9 +79,14 @@ def make_case(rows: list[list[tuple[int, int]]], *, size: int = 4, seed: int = 0
     positions = torch.arange(HEADS).view(-1, 1, 1) * (1 << 32) + index
     keys = DropoutKey(5, 2, torch.arange(40, 40 + b)).rows(stream(1, 2), positions)
     table = torch.randn(2 * LONGEST - 1, size, dtype=torch.float64, generator=generator)
+    bias = torch.randn(2 * LONGEST - 1, dtype=torch.float64, generator=generator)
     q, k, v = (x.requires_grad_() for x in qkv.unbind(2))  # views of one product
+    if values is not None:
+        v, upstream = torch.randn(2, s, b, HEADS, values, dtype=torch.float64, generator=generator)
+        v.requires_grad_()
     real = (ids > 0).t()[..., None, None]
-    return Case(ids, index.t().expand(b, s), q, k, v, upstream * real, keys, table.requires_grad_())
+    index = index.t().expand(b, s)
+    return Case(ids, index, q, k, v, upstream * real, keys, table.requires_grad_(), bias.requires_grad_())
 
 
 def flattened(case: Case) -> tuple[Case, Tensor]:
@@ -89,40 +99,83 @@ def flattened(case: Case) -> tuple[Case, Tensor]:
     q, k, v = (one_row(x.detach()).requires_grad_() for x in (case.q, case.k, case.v))
     keys = case.keys.flatten(1)[:, tokens].unsqueeze(2)
     index = case.indices[row, position].unsqueeze(0)
-    one = Case(numbers.unsqueeze(0), index, q, k, v, one_row(case.upstream), keys, case.table)
+    one = Case(numbers.unsqueeze(0), index, q, k, v, one_row(case.upstream), keys, case.table, case.bias)
     return one, tokens
 
 
-def by_hand(case: Case, causal: bool, dropping: bool, distances: int, *, whole_rows: bool = False) -> Tensor:
-    """Every query of every document by itself; zeros for padding."""
+def by_hand(
+    case: Case,
+    causal: bool,
+    dropping: bool,
+    distances: int,
+    *,
+    whole_rows: bool = False,
+    biased: bool = False,
+    weights: Weights = "softmax",
+    chunk: int | None = None,
+) -> Tensor:
+    """Every query of every document by itself; zeros for padding.
+
+    ``whole_rows``: the ids only say what is real; places, which chunks and divisors go by, are those in the row.
+    """
     b, s = case.document_ids.shape
-    result = torch.zeros_like(case.q)
-    keep = keep_mask(case.keys, int(case.indices.max()) + 1, P).double() / (1 - round(P * 65536) / 65536)
+    result = torch.zeros_like(case.v)
     for row, i in itertools.product(range(b), range(s)):
-        ids = case.document_ids[row]
+        ids = case.document_ids[row].tolist()
         if whole_rows:
-            ids = ids > 0
+            ids = [int(number > 0) for number in ids]
         if not ids[i]:
             continue
-        seen = [j for j in range(s) if ids[j] == ids[i] and (j <= i or not causal)]
-        index = case.indices[row, seen]
-        q_hd, k_nhd, v_nhd = case.q[i, row], case.k[seen, row], case.v[seen, row]
-        scores = torch.einsum("hd,nhd->nh", q_hd, k_nhd)
-        if distances:
-            e_nd = case.table[case.indices[row, i] - index + LONGEST - 1]
-            scores = scores + e_nd @ q_hd.t()
-            if distances == 2:
-                scores = scores + (e_nd.unsqueeze(1) * k_nhd).sum(2)
-        weights = (scores / math.sqrt(case.q.shape[-1])).softmax(0)
-        if dropping:
-            weights = weights * keep[:, i, row, index].t()
-        result[i, row] = (weights.unsqueeze(2) * v_nhd).sum(0)
+        start = 0 if whole_rows else ids.index(ids[i])
+        start, end = (start, s) if chunk is None else (i - (i - start) % chunk, i - (i - start) % chunk + chunk)
+        seen = [j for j in range(start, min(end, s)) if ids[j] == ids[i] and (j <= i or not causal)]
+        result[i, row] = one_query(
+            case, row, i, seen, distances=distances, dropping=dropping, biased=biased, weights=weights,
+            divisor=i - start + 1 if causal else len(seen),
+        )  # fmt: skip
     return result
+
+
+def one_query(
+    case: Case,
+    row: int,
+    i: int,
+    seen: list[int],
+    *,
+    dropping: bool,
+    divisor: int,
+    distances: int = 0,
+    biased: bool = False,
+    weights: Weights = "softmax",
+) -> Tensor:
+    """What query i of a row gets from the keys that it sees, [h, e]; ``divisor``: of the scores but for softmax."""
+    index = case.indices[row, seen]
+    away = index - case.indices[row, i]
+    q_hd, k_nhd, v_nhe = case.q[i, row], case.k[seen, row], case.v[seen, row]
+    scores = torch.einsum("hd,nhd->nh", q_hd, k_nhd)
+    if distances:
+        e_nd = case.table[LONGEST - 1 - away]
+        scores = scores + e_nd @ q_hd.t()
+        if distances == 2:
+            scores = scores + (e_nd.unsqueeze(1) * k_nhd).sum(2)
+    scores = scores / (math.sqrt(case.q.shape[-1]) if weights == "softmax" else divisor)
+    if biased:
+        scores = scores + case.bias[LONGEST - 1 + away].unsqueeze(1)
+    shares = {
+        "softmax": lambda x: x.softmax(0),
+        "relu2": lambda x: x.clamp(min=0) ** 2,
+        # The cumulative normal distribution of this mean and deviation (arXiv 2209.10655, section 3.3).
+        "laplace": lambda x: torch.special.ndtr((x - 0.707107) / 0.282095),
+    }[weights](scores)
+    if dropping:
+        keep = keep_mask(case.keys[:, i, row], int(index.max()) + 1, P)[:, index].double()
+        shares = shares * keep.t() / (1 - round(P * 65536) / 65536)
+    return (shares.unsqueeze(2) * v_nhe).sum(0)
 
 
 def outputs_and_gradients(case: Case, y: Tensor) -> dict[str, Tensor]:
     real = (case.document_ids > 0).t()
-    inputs = {"q": case.q, "k": case.k, "v": case.v, "distances": case.table}
+    inputs = {"q": case.q, "k": case.k, "v": case.v, "distances": case.table, "bias": case.bias}
     gradients = torch.autograd.grad(y, list(inputs.values()), case.upstream, allow_unused=True)
     found = {name: g for name, g in zip(inputs, gradients, strict=True) if g is not None}
     return {"output": y.detach()[real], **found}
