@@ -132,7 +132,7 @@ class BatchNorm(Norm):
         assert self.mesh is not None
         if not seen or not keep:
             return
-        mean = self.mesh.data.all_reduce(torch.stack(seen).mean(0)) / self.mesh.data.size
+        mean = self.mesh.data.all_reduce(torch.stack(seen).mean(0).to(self.running_mean)) / self.mesh.data.size
         self.running_mean.lerp_(mean[0], MOMENTUM)
         self.running_var.lerp_(mean[1], MOMENTUM)
         self.num_batches_tracked.add_(1)

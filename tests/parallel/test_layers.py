@@ -7,8 +7,9 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from comparison import assert_close, assert_differs, merge
+from comparison import assert_close, assert_differs
 from models import fill
+from sharded import merged, random, run, state
 
 from farspan.parallel.layers import (
     ColumnParallelLinear,
@@ -22,30 +23,8 @@ from farspan.parallel.layers import (
 )
 from farspan.parallel.mappings import copy_to_tensor_region
 from farspan.parallel.mesh import Mesh
-from farspan.parallel.sharding import logical_of
 
 S, B, H = 5, 3, 8
-
-
-def random(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def state(module):
-    """(Logical, value) and (Logical, gradient) of each parameter."""
-    values = {name: (logical_of(p), p.detach()) for name, p in module.named_parameters()}
-    return values, {name: (logical_of(p), p.grad) for name, p in module.named_parameters()}
-
-
-def merged(parts):
-    """Whole values and gradients in float64, leaves ready for a reference computation."""
-    values, gradients = ([part[i] for part in parts] for i in range(2))
-    whole = {name: merge([part[name] for part in values]).double().requires_grad_() for name in values[0]}
-    return whole, {name: merge([part[name] for part in gradients]) for name in gradients[0]}
-
-
-def run(ranks, function, *args, tensor):
-    return [function(Mesh.solo(), *args)] if tensor == 1 else ranks.on_mesh(function, *args, tensor=tensor)
 
 
 # Column and row.
