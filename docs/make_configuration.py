@@ -62,6 +62,7 @@ data: {folder: data/mine}
 TABLES: Mapping[str, Any] = {
     "model.model_type": sorted(ARCHITECTURES),
     "model.hidden_act": ACTIVATIONS,
+    "model.activation": ACTIVATIONS,
     "objective.name": OBJECTIVES,
 }
 REFUSED: tuple[Mapping[str, Any], ...] = (
@@ -69,6 +70,13 @@ REFUSED: tuple[Mapping[str, Any], ...] = (
     {"model.hidden_size": 1000},
     {"model.hidden_act": "gleu"},
     {"model.is_decoder": True},
+    {"model.model_type": "mega", "objective.name": "clm", "model.is_decoder": True},
+    {"model.model_type": "mega", "model.use_chunking": True},
+    {"model.model_type": "mega", "model.shared_representation_size": 33},
+    {"model.model_type": "mega", "model.relative_positional_bias": "simple", "model.chunk_size": 4096},
+    {"model.model_type": "mega", "model.relative_positional_bias": "simple", "data.sequence_length": 4096},
+    {"model.model_type": "mega", "model.add_cross_attention": True},
+    {"model.model_type": "mega", "model.normalization_type": "batchnorm", "parallel.zero_stage": 3},
     {"objective.name": "clm"},
     {"objective.name": "mlm+nsp"},
     {"objective.name": "mlm+nsp", "data.rows": "pairs", "model.type_vocab_size": 1},

@@ -134,6 +134,11 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
     to_hf.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint folder, or a run folder (its latest)")
     to_hf.add_argument("out", metavar="OUT", help="new folder for config.json, weights and tokenizer")
     to_hf.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as saved)")
+    to_hf.add_argument(
+        "--stock",
+        action="store_true",
+        help="for transformers' own classes: no modelling files; refused where these would compute something else",
+    )
     to_hf.set_defaults(run=_to_hf, parser=to_hf)
     from_hf = directions.add_parser("from-hf", help="Hugging Face folder -> checkpoint")
     from_hf.add_argument("folder", metavar="FOLDER", help="folder with config.json and safetensors")
@@ -210,7 +215,7 @@ def _start_ranks(config: Config, ranks: int, args: argparse.Namespace) -> int:
 def _to_hf(args: argparse.Namespace) -> None:
     from ..pretrain.huggingface import to_huggingface
 
-    note = to_huggingface(args.checkpoint, args.out, dtype=args.dtype)
+    note = to_huggingface(args.checkpoint, args.out, dtype=args.dtype, stock=args.stock)
     print(f"wrote {args.out}")
     if note:
         _say(f"note: {note}")

@@ -34,7 +34,9 @@ def parse_config(value: dict[str, Any], where: str) -> Config:
     try:
         return Config.model_validate(value)
     except ValidationError as error:
-        raise ValueError(f"{where}: {one_line(error, known=known_keys())}") from None
+        model = value.get("model")
+        known = known_keys(model.get("model_type") if isinstance(model, dict) else None)
+        raise ValueError(f"{where}: {one_line(error, known=known)}") from None
 
 
 class _Loader(yaml.SafeLoader):
@@ -63,13 +65,15 @@ def _apply(value: dict[str, Any], override: str) -> None:
         raise ValueError(f"override {override!r}: {text!r} is not a YAML value") from None
 
 
-def known_keys() -> list[str]:
-    """``section.key`` of all keys that there are, and the sections' own."""
+def known_keys(model_type: Any = None) -> list[str]:
+    """``section.key`` of all keys that there are, and the sections' own; of the model's, those of this architecture, or
+    where that is none of all of them."""
+    models = [cls for name, cls in ARCHITECTURES.items() if name == model_type] or list(ARCHITECTURES.values())
     keys: list[str] = []
     for name, field in Config.model_fields.items():
         keys.append(name)
         if name == "model":
-            keys += sorted({f"model.{k}" for cls in ARCHITECTURES.values() for k in cls.config_class.model_fields})
+            keys += sorted({f"model.{k}" for cls in models for k in cls.config_class.model_fields})
         else:
             keys += _keys_below(name, field.annotation)
     return keys

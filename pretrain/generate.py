@@ -30,7 +30,7 @@ def generate(
     temperature: 0 takes the likeliest token; otherwise one is drawn, scores divided by it, from the ``top_k`` likeliest
     (None: all), by a generator of this ``seed``.  stop: a token after which a row goes on with nothing but itself.
     use_cache: carry what was computed to the next token (None: where the architecture can).
-    ValueError: a model that is not causal, one without a cache that is to use it, more tokens than it has positions for.
+    ValueError: a model that is not causal, one without a cache that is to use it, more tokens than it has positions.
     """
     config, length = model.config, input_ids.shape[1] + new_tokens
     if not config.is_decoder:

@@ -23,10 +23,11 @@ from ..parallel.mesh import Mesh
 from ..parallel.sharding import logical_of
 from . import checkpoint as ckpt
 from .files import parents_of, read_json, read_mapping, sync, write_json
-from .models import architecture
+from .models import ARCHITECTURES, architecture
 from .models.base import LanguageModel, Stage
 from .models.config import ModelConfig
 from .models.huggingface_keys import HuggingFaceKeys, Source, sources, tensor_names
+from .models.own_code import OwnCode
 from .validation import one_line
 
 TOKENIZER_FILES = (
@@ -105,6 +106,7 @@ class HuggingFaceFolder:
             if field not in cls.config_class.model_fields and self.config.get(field) not in allowed:
                 raise ValueError(f"{self.folder}/config.json sets {field}, which no pretraining objective here uses")
         fields = {name: self.config[name] for name in cls.config_class.model_fields if name in self.config}
+        fields["model_type"] = cls.name
         if self.config.get("pad_token_id", "missing") is None:
             fields["pad_token_id"] = None
         config = _parse(cls, fields, self.folder / "config.json")
@@ -194,7 +196,12 @@ def logical_shapes(cls: type[LanguageModel], config: ModelConfig, heads: tuple[s
 
 
 def export_config(
-    cls: type[LanguageModel], config: ModelConfig, heads: tuple[str, ...], source: Mapping[str, Any], dtype: torch.dtype
+    cls: type[LanguageModel],
+    config: ModelConfig,
+    heads: tuple[str, ...],
+    source: Mapping[str, Any],
+    dtype: torch.dtype,
+    code: OwnCode | None,
 ) -> dict[str, Any]:
     """The config.json of an export: ours over the fields of the folder it came from, if it came from one (which leaves
     out what every configuration has by default)."""
@@ -206,19 +213,34 @@ def export_config(
     fields.setdefault("architectures", [cls.huggingface_class(heads, config)])
     fields["torch_dtype"] = str(dtype).removeprefix("torch.")
     fields.pop("dtype", None)
+    fields.pop("auto_map", None)
+    if code is not None:
+        fields["auto_map"] = code.auto_map
+        if cls.stock_difference(config):
+            fields["model_type"] = code.model_type
     return fields
 
 
-def to_huggingface(checkpoint: str | Path, out: str | Path, dtype: str | None = None) -> str | None:
-    """Write a checkpoint as a Hugging Face folder: config.json, model.safetensors, tokenizer files.
+def to_huggingface(
+    checkpoint: str | Path, out: str | Path, dtype: str | None = None, *, stock: bool = False
+) -> str | None:
+    """Write a checkpoint as a Hugging Face folder: config.json, model.safetensors, tokenizer files, and where stock
+    transformers lacks the architecture or computes something else its modelling files.
 
     ``checkpoint``: a step folder, or a run (its latest).  ``dtype``: float32, bfloat16 or float16; as saved by default.
-    ``out`` must not exist, or be empty; it appears whole or not at all.  Returns what to know when
-    loading it, if anything.
+    ``stock``: for the stock classes, without modelling files; ValueError where these would give other logits.
+    ``out`` must not exist, or be empty; it appears whole or not at all.  Returns what to know when loading it, if
+    anything.
     """
     folder, target = ckpt.find(Path(checkpoint)), Path(out)
     reader = ckpt.Reader(folder)
     cls, config, heads = model_of(reader.manifest, folder)
+    code = None if stock else cls.own_code
+    if stock and (difference := cls.stock_difference(config)):
+        raise ValueError(
+            f"the stock {cls.name} classes of transformers would give other logits ({difference}): export without "
+            "--stock, which brings modelling files that are right"
+        )
     cast = _dtype(dtype) if dtype else None
     logical = {name: reader.tensor(name, shape) for name, shape in logical_shapes(cls, config, heads).items()}
     if cast is not None:
@@ -230,8 +252,13 @@ def to_huggingface(checkpoint: str | Path, out: str | Path, dtype: str | None = 
     origin = reader.manifest.huggingface.get("config", {})
     with _new_folder(target) as beside:
         ckpt.write_tensors(beside / "model.safetensors", tensors, {"format": "pt"})
-        write_json(beside / "config.json", export_config(cls, config, heads, origin, kind))
+        write_json(beside / "config.json", export_config(cls, config, heads, origin, kind, code))
+        for file in [] if code is None else code.files():
+            shutil.copyfile(file, beside / file.name)
+            sync(beside / file.name)
         _copy_tokenizer(folder / "tokenizer", beside)
+    if code is not None:
+        return "load it with from_pretrained(folder, trust_remote_code=True): its modelling files are in it"
     return config.export_note
 
 
@@ -269,6 +296,9 @@ def model_of(
 
 
 def _architecture(model_type: str, where: Path) -> type[LanguageModel]:
+    for known in ARCHITECTURES.values():
+        if known.own_code is not None and known.own_code.model_type == model_type:
+            return known
     try:
         return architecture(model_type)
     except ValueError as error:

@@ -58,7 +58,7 @@ def test_a_path_with_an_equals_sign(file: Path) -> None:
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_what_is_saved_loads_equal(name: str, file: Path, tmp_path: Path) -> None:
-    overrides = [f"model.model_type={name}", "optimizer.lr=1e-20", "run_dir=runs/ünïcode", "parallel.data=2"]
+    overrides = [f"model={{model_type: {name}}}", "optimizer.lr=1e-20", "run_dir=runs/ünïcode", "parallel.data=2"]
     config = load_config(file, overrides)
     saved = tmp_path / "saved.yaml"
     saved.write_text(config.to_yaml(), encoding="utf-8")
@@ -145,8 +145,8 @@ REFUSED: list[tuple[list[str], str]] = [
     (["model.model_type=bert"],
      "model.model_type 'bert' is unknown: choose one of mega, megatron-bert, roberta-prelayernorm"),
     (["model={hidden_size: 3}"],
-     "model.model_type is missing: set it to one of megatron-bert, roberta-prelayernorm"),
-    (["model.model_type=[]"], "model.model_type is []: set it to one of megatron-bert, roberta-prelayernorm"),
+     "model.model_type is missing: set it to one of mega, megatron-bert, roberta-prelayernorm"),
+    (["model.model_type=[]"], "model.model_type is []: set it to one of mega, megatron-bert, roberta-prelayernorm"),
     (["model.hidden_size=65"],
      "model.hidden_size 65 does not divide by num_attention_heads 4: set one to fit the other"),
     (["model.hidden_act=gelo"], f"model.hidden_act 'gelo' is unknown: choose one of {', '.join(ACTIVATIONS)}"),
@@ -374,7 +374,7 @@ def attributes_read(*skip: str) -> Iterator[tuple[str, str]]:
     """(owner, attribute) of every attribute that the package reads: ("optimizer", "lr") of ``config.optimizer.lr``."""
     for folder in ("kernels", "parallel", "pretrain", "launch"):
         for path in (ROOT / folder).rglob("*.py"):
-            if path.relative_to(ROOT).as_posix() not in skip:
+            if path.relative_to(ROOT).as_posix() not in skip and "export" not in path.parts:  # files for others
                 yield from owners_and_attributes(path.read_text(encoding="utf-8"))
 
 
@@ -422,9 +422,9 @@ def test_every_key_is_read_somewhere() -> None:
 
 
 def test_the_search_for_dead_knobs_sees_one() -> None:
-    read = set(attributes_read("pretrain/config.py", "pretrain/train.py", "pretrain/run.py", "pretrain/models/base.py"))
+    read = set(attributes_read("pretrain/config.py", "pretrain/train.py", "pretrain/run.py", "pretrain/models/mega/model.py"))
     dead = dead_knobs(read)
-    assert {"logging.tensorboard", "schedule.warmup_steps", "model.type_vocab_size"} <= set(dead)
+    assert {"logging.tensorboard", "schedule.warmup_steps", "model.nffn_activation_dropout_prob"} <= set(dead)
     assert not {"optimizer.beta1", "model.layer_norm_eps"} & set(dead)
     assert len(SECTIONS) == len(Config.model_fields) - 2  # but run_dir and model
     assert set(owners_and_attributes("def f(c):\n    a, b = c.optimizer, c.data\n    return a.lr + b.x.y")) == {

@@ -26,6 +26,7 @@ from ..batch import Batch
 from .config import ModelConfig
 from .heads import LanguageModelHead, SentenceHead
 from .huggingface_keys import HuggingFaceKeys
+from .own_code import OwnCode
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -160,6 +161,7 @@ class LanguageModel(nn.Module):
 
     name: ClassVar[str]
     config_class: ClassVar[type[ModelConfig]]
+    own_code: ClassVar[OwnCode | None] = None  # files that an export carries
     heads_allowed: ClassVar[tuple[str, ...]] = ("lm",)
     has_cache: ClassVar[bool] = False  # whether tokens can be given a few at a time (see Cache)
     embeddings: Embeddings  # on the first stage
@@ -217,6 +219,11 @@ class LanguageModel(nn.Module):
     def huggingface_class(cls, heads: tuple[str, ...], config: ModelConfig) -> str:
         """The ``architectures`` entry of an exported config.json."""
         raise NotImplementedError
+
+    @classmethod
+    def stock_difference(cls, config: ModelConfig) -> str | None:
+        """Why the stock classes of transformers give other logits, if they do."""
+        return None
 
     @classmethod
     def huggingface_batch(cls, config: ModelConfig, batch: Batch) -> Batch:

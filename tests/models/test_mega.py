@@ -9,7 +9,6 @@ import torch
 from reference_suite import ReferenceSuite
 
 import farspan.kernels.ema
-from farspan.pretrain.models.config import ModelConfig
 
 CAUSAL = {"is_decoder": True, "bidirectional": False}
 CHUNKED = {"use_chunking": True, "chunk_size": 5}  # rows are no multiple of it
@@ -42,11 +41,24 @@ class TestMega(ReferenceSuite):
     variants = VARIANTS
     dtype = torch.float64
 
-    def in_transformers(self, config: ModelConfig) -> bool:
-        return False
+    @pytest.fixture(autouse=True)
+    def _own_code(self, remote_code: None) -> None:
+        """Exports are loaded with the modelling files that they carry."""
+
+    def _theirs(self, folder: Path, name: str, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+        import transformers
+
+        auto = getattr(transformers, name.replace("Mega", "AutoModel"))
+        model, told = auto.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+        assert not any(told.values()), told
+        if not model.config.add_token_type_embeddings:
+            inputs = {key: value for key, value in inputs.items() if key != "token_type_ids"}
+        return dict(model.eval()(**inputs))
 
     def huggingface_config(self, folder: Path) -> dict[str, Any]:
-        return json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text())
+        assert config["model_type"] in ("mega", "farspan_mega")
+        return {key: value for key, value in config.items() if key not in ("auto_map", "model_type")}
 
     def test_flops_of_a_training_step(self, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[override]
         """Of the model, whichever way its moving average is computed: as a recurrence it has no products."""

@@ -73,9 +73,7 @@ class MegaConfig(ModelConfig):
         if self.add_cross_attention and not self.is_decoder:
             raise ValueError("add_cross_attention true needs is_decoder true: a decoder attends to an encoder")
         if self.chunk_size == 0 or (self.use_chunking and self.chunk_size < 0):
-            raise ValueError(
-                f"use_chunking {self.use_chunking} with chunk_size {self.chunk_size}: set tokens of a chunk"
-            )
+            raise ValueError(f"chunk_size {self.chunk_size} is no size of a chunk: set 1 or more, or -1 without chunks")
         if self.relative_positional_bias == "rotary" and self.shared_representation_size % 2:
             raise ValueError(
                 f"shared_representation_size {self.shared_representation_size} is odd, and relative_positional_bias "
@@ -100,6 +98,20 @@ class MegaConfig(ModelConfig):
     @property
     def longest_sequence(self) -> int | None:
         return None if self.use_chunking or self.relative_positional_bias == "rotary" else self.bias_positions
+
+    @property
+    def export_note(self) -> str | None:
+        """For the stock classes."""
+        notes = []
+        if self.use_chunking:
+            notes.append(
+                f"take rows of a multiple of chunk_size {self.chunk_size} tokens only and generate without cache"
+            )
+        if self.is_decoder and self.attention_activation != "softmax":
+            notes.append(f"divide {self.attention_activation} scores by 1 in generate() unless use_cache is false")
+        if self.use_feature_dropout:
+            notes.append("drop whole chunks of values in training (use_feature_dropout)")
+        return f"the stock classes of transformers 4.37 {'; '.join(notes)}" if notes else None
 
     @property
     def needs_encoder(self) -> bool:

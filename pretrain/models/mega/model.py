@@ -18,6 +18,7 @@ from ..config import ModelConfig
 from ..feed_forward import FeedForward
 from ..heads import LanguageModelHead
 from ..huggingface_keys import HuggingFaceKeys
+from ..own_code import OwnCode
 from .attention import (
     FEED_FORWARD_INNER,
     FEED_FORWARD_OUTPUT,
@@ -99,6 +100,21 @@ class Mega(LanguageModel):
     name = "mega"
     config_class = MegaConfig
     has_cache = True
+    own_code = OwnCode(
+        "mega",
+        "farspan_mega",
+        {
+            "AutoConfig": "configuration_mega.MegaConfig",
+            "AutoModel": "modeling_mega.MegaModel",
+            **{
+                f"AutoModelFor{task}": f"modeling_mega.MegaFor{task}"
+                for task in (
+                    "MaskedLM", "CausalLM", "SequenceClassification", "TokenClassification", "MultipleChoice",
+                    "QuestionAnswering",
+                )
+            },
+        },
+    )  # fmt: skip
     config: MegaConfig
 
     def make_layer(self, index: int) -> MegaLayer:
@@ -129,6 +145,15 @@ class Mega(LanguageModel):
         if not heads:
             return "MegaModel"
         return "MegaForCausalLM" if config.is_decoder else "MegaForMaskedLM"
+
+    @classmethod
+    def stock_difference(cls, config: ModelConfig) -> str | None:
+        assert isinstance(config, MegaConfig)
+        if config.normalization_type == "rmsnorm":
+            return "their normalization_type rmsnorm computes the normalised value and throws it away"
+        if config.is_decoder and config.truncation is not None:
+            return "their decoder forgets truncation as soon as it keeps a cache, as it does unless labels are given"
+        return None
 
     @classmethod
     def flops_per_row(cls, config: ModelConfig, length: float, predictions: float) -> float:

@@ -1,0 +1,24 @@
+"""Exports that bring their own modelling files, for architectures that a transformers lacks or computes otherwise."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+EXPORT = Path(__file__).resolve().parents[1] / "export"
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnCode:
+    """Files in ``pretrain/export`` that a folder carries for ``from_pretrained(folder, trust_remote_code=True)``.
+
+    ``auto_map``: Hugging Face's table from an Auto class to the class in these files.  ``model_type``: what config.json
+    says where stock classes would compute something else, so that they do not try.
+    """
+
+    name: str
+    model_type: str
+    auto_map: dict[str, str]
+
+    def files(self) -> list[Path]:
+        return sorted((EXPORT / self.name).glob("*.py"))
