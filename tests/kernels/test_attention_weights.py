@@ -85,6 +85,14 @@ def test_full_rows_read_no_ids(monkeypatch: pytest.MonkeyPatch) -> None:
     compare(make_case([[(1, 9)], [(1, 9)]], values=VALUES), "full", ["dense"], monkeypatch)
 
 
+def test_values_of_another_size_in_fused_kernels() -> None:
+    for rows in PACKED:
+        case = make_case(ROWS[rows], values=VALUES)
+        for causal, form in itertools.product((False, True), ("dense", "grouped")):
+            y = attention(case.q, case.k, case.v, case.documents("document", causal, form))
+            assert_same(outputs_and_gradients(case, y), outputs_and_gradients(case, by_hand(case, causal, False, 0)))
+
+
 def test_a_cpu_takes_few_weights_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Divisors, masks and keys are split with the rows."""
     monkeypatch.setattr("farspan.kernels.attention.CPU_WEIGHTS", 1)
