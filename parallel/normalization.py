@@ -92,7 +92,8 @@ class BatchNorm(Norm):
         # Not trained, but saved, loaded and converted like what is.
         self.running_mean = nn.Parameter(torch.empty(features), requires_grad=False)
         self.running_var = nn.Parameter(torch.empty(features), requires_grad=False)
-        self.num_batches_tracked = nn.Parameter(torch.empty((), dtype=torch.int64), requires_grad=False)
+        # One entry: DeepSpeed cannot broadcast a number without dimensions.
+        self.num_batches_tracked = nn.Parameter(torch.empty(1, dtype=torch.int64), requires_grad=False)
         describe(self.running_mean, Logical((features,), decay=False), split=False)
         describe(self.running_var, Logical((features,), fill=1.0, decay=False), split=False)
         describe(self.num_batches_tracked, Logical((), decay=False), split=False)

@@ -108,9 +108,12 @@ class ZeroOptimizer:
                 config["data_types"] = {"grad_accum_dtype": "fp32"}
             else:
                 self._accumulate_in_float32(parameters)
+        other = [(p, p.detach().clone()) for p in module.parameters() if p.dtype != self.dtype]  # running statistics
         self.engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, mpu=_ModelParallelUnit(mesh), dist_init_required=False, config=config
         )
+        for parameter, value in other:  # DeepSpeed has cast all that is floating point
+            parameter.data = value
         assert torch.distributed.get_process_group_ranks(mesh.data.group) == torch.distributed.get_process_group_ranks(
             self.engine.data_parallel_group
         ), "DeepSpeed and megatron-core disagree on the data group"

@@ -422,7 +422,9 @@ def test_every_key_is_read_somewhere() -> None:
 
 
 def test_the_search_for_dead_knobs_sees_one() -> None:
-    read = set(attributes_read("pretrain/config.py", "pretrain/train.py", "pretrain/run.py", "pretrain/models/mega/model.py"))
+    read = set(
+        attributes_read("pretrain/config.py", "pretrain/train.py", "pretrain/run.py", "pretrain/models/mega/model.py")
+    )
     dead = dead_knobs(read)
     assert {"logging.tensorboard", "schedule.warmup_steps", "model.nffn_activation_dropout_prob"} <= set(dead)
     assert not {"optimizer.beta1", "model.layer_norm_eps"} & set(dead)

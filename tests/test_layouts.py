@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from comparison import BFLOAT16, RELATIVE, assert_all_close, difference
-from runs import Run, ranks_of, settings, train_here
+from runs import MEGA, Run, ranks_of, settings, train_here
 
 from farspan.benchmarks.layouts import LAYOUTS
 from farspan.benchmarks.layouts import worst as worst_steps
@@ -31,6 +31,7 @@ RELATIVE_KEY_QUERY = {"model.position_embedding_type": "relative_key_query"}
 PADDED = {"data.rows": "padded"}
 CLM = {"objective.name": "clm", "model.is_decoder": True}
 PAIRS = {"model.model_type": "megatron-bert", "objective.name": "mlm+nsp", "data.rows": "pairs"}
+BY_FEATURE = {"model.use_feature_dropout": True}
 # What is trained, and the ZeRO stage that its replicas are compared under.
 KINDS = {
     "dropout": (DROPOUT, 3),
@@ -43,6 +44,13 @@ KINDS = {
     "padded, dropout, relative": (PADDED | DROPOUT | RELATIVE_KEY_QUERY | {"training.recompute": "selective"}, 3),
     "sentence order": (PAIRS | DROPOUT | {"objective.name": "mlm+sop"}, 1),
     "lamb": (DROPOUT | {"optimizer.name": "lamb", "optimizer.lr": 1e-2}, 3),
+    "mega": ({"model": MEGA, "data.rows": "padded"}, 3),
+    "mega, chunked": (
+        {"model": MEGA | {"use_chunking": True, "chunk_size": 12, "attention_activation": "laplace"}} | BY_FEATURE,
+        2,
+    ),
+    "mega, causal": (CLM | {"model": MEGA | {"bidirectional": False, "truncation": 6}} | BY_FEATURE, 1),
+    "mega, batch norm": ({"model": MEGA | {"normalization_type": "batchnorm"}}, 2),
     "batch ramp": (DROPOUT | {"training.batch_ramp": {"start": 4, "increment": 4, "samples": 15}}, 1),
 }
 

@@ -20,11 +20,34 @@ from farspan.pretrain.models.base import LanguageModel, Stage
 LENGTH = 24
 # Of the documents in each packed row; the fourth has padding.
 LENGTHS = [[24], [1, 23], [10, 9, 5], [7, 8], [24], [13, 10, 1]]
-VARIANTS = {
-    "plain": {},
-    "causal": {"is_decoder": True, "tie_word_embeddings": False},
-    "relative": {"position_embedding_type": "relative_key_query"},
+POSITIONS = {"max_position_embeddings": LENGTH + 2}
+BERT = {
+    "plain": POSITIONS,
+    "causal": POSITIONS | {"is_decoder": True, "tie_word_embeddings": False},
+    "relative": POSITIONS | {"position_embedding_type": "relative_key_query"},
 }
+CAUSAL = {"is_decoder": True, "bidirectional": False, "tie_word_embeddings": False}
+MEGA = {
+    "plain": {},
+    "chunked": {"use_chunking": True, "chunk_size": 4, "attention_activation": "laplace", "truncation": 3},
+    "relu2, after": {"attention_activation": "relu2", "normalize_before_mega": False, "normalize_before_ffn": False},
+    "causal": CAUSAL | {"attention_activation": "laplace", "relative_positional_bias": "simple"},
+    "causal, chunked": CAUSAL | {"attention_activation": "relu2", "use_chunking": True, "chunk_size": 7},
+    "causal, softmax, truncated": CAUSAL | {"use_chunking": True, "chunk_size": 8, "truncation": 5},
+}
+CASES = {
+    (model_type, name): Description(model_type, fields, dtype)
+    for model_type, variants, dtype in (
+        ("megatron-bert", BERT, torch.float32),
+        ("roberta-prelayernorm", BERT, torch.float32),
+        ("mega", MEGA, torch.float64),  # gradients of its small parameters are sums that cancel
+    )
+    for name, fields in variants.items()
+}
+
+
+def test_every_architecture_is_here() -> None:
+    assert {model_type for model_type, _ in CASES} == set(ARCHITECTURES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +105,7 @@ def model_of(described: Description) -> LanguageModel:
     config = described.config
     model = ARCHITECTURES[described.model_type](config, Mesh.solo(), stage=Stage.whole(config), heads=("lm",))
     fill(model, Mesh.solo().tensor)
-    return model
+    return model.to(described.dtype)
 
 
 def loss_and_gradients(model: LanguageModel, parts: list[Batch], counts: Counts) -> tuple[Tensor, dict[str, Tensor]]:
@@ -96,10 +119,8 @@ def loss_and_gradients(model: LanguageModel, parts: list[Batch], counts: Counts)
     return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
-def test_packed_padded_and_joined_are_one(model_type, variant):
-    described = Description(model_type, VARIANTS[variant] | {"max_position_embeddings": LENGTH + 2})
+@pytest.mark.parametrize("described", CASES.values(), ids=map(" ".join, CASES))
+def test_packed_padded_and_joined_are_one(described):
     model, rows = model_of(described), documents(described.config.vocab_size)
     packed = batch_of(rows, described.config, "document")
     padded = batch_of(in_rows_of_one(rows), described.config, "padding")
@@ -120,10 +141,8 @@ def test_packed_padded_and_joined_are_one(model_type, variant):
         assert_all_close(gradients, wanted[1], f"{name}: gradient of")
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
-def test_neighbours_do_not_matter(model_type, variant):
-    described = Description(model_type, VARIANTS[variant] | {"max_position_embeddings": LENGTH + 2})
+@pytest.mark.parametrize("described", CASES.values(), ids=map(" ".join, CASES))
+def test_neighbours_do_not_matter(described):
     model, rows = model_of(described), documents(described.config.vocab_size)
     batch = batch_of(rows, described.config, "document")
     row, number = 2, 2  # the document in the middle of three
@@ -136,6 +155,7 @@ def test_neighbours_do_not_matter(model_type, variant):
         before, after = (model(b, output="logits")["logits"][row] for b in (batch, changed))
     assert_close(after[own], before[own], "logits")
     assert (after[~own] - before[~own]).abs().max() > 0.1, "the neighbours themselves changed"
-    mixed = dataclasses.replace(batch, document_ids=(batch.document_ids > 0).long())
+    real = (batch.document_ids > 0).long()
+    mixed = dataclasses.replace(batch, document_ids=real, positions=(real.cumsum(1) - 1) * real)
     with torch.no_grad():
         assert (model(mixed, output="logits")["logits"][row][own] - before[own]).abs().max() > 1e-3

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from comparison import assert_identical
-from runs import Run, ranks_of, settings, train_here
+from runs import MEGA, Run, ranks_of, settings, train_here
 from safetensors.torch import load_file
 
 from farspan.launch.local import COMMAND
@@ -47,6 +47,10 @@ LAYOUTS = {
     "DP2, ZeRO 1, float16, lamb": replicas(1) | FLOAT16 | {"optimizer.name": "lamb"},
     "1 rank, ZeRO 1, offload": OFFLOAD,
     "DP2, ZeRO 3, offload, bfloat16": replicas(3) | OFFLOAD | BFLOAT16,
+    "TP2, mega with batch norm": {"parallel.tensor": 2, "model": MEGA | {"normalization_type": "batchnorm"}},
+    "DP2, ZeRO 1, bfloat16, mega with batch norm": replicas(1)
+    | BFLOAT16
+    | {"model": MEGA | {"normalization_type": "syncbatchnorm"}},
     "DP2, ZeRO 2, batch ramp": replicas(2) | {"training.batch_ramp": {"start": 4, "increment": 4, "samples": 10}},
 }  # fmt: skip
 

@@ -25,6 +25,15 @@ MODEL = {
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
 }
+MEGA = {
+    "model_type": "mega",
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "intermediate_size": 48,
+    "nffn_hidden_size": 40,
+    "shared_representation_size": 16,
+    "ema_projection_size": 4,
+}
 
 
 def prepare_text(folder: Path) -> Path:
@@ -66,10 +75,10 @@ class Run:
 
 
 def settings(data: Path, run_dir: Path, steps: int, overrides: dict[str, Any]) -> dict[str, Any]:
-    """A configuration as YAML would give it; ``overrides`` are section.key → value."""
+    """A configuration as YAML would give it; ``overrides`` are section.key → value, or "model" → another model."""
     values: dict[str, Any] = {
         "run_dir": str(run_dir),
-        "model": dict(MODEL),
+        "model": dict(overrides.get("model", MODEL)),
         "data": {"folder": str(data), "sequence_length": 32},
         "training": {"steps": steps, "global_batch_size": 8, "micro_batch_size": 2},
         "optimizer": {"lr": 1e-3},
@@ -77,6 +86,8 @@ def settings(data: Path, run_dir: Path, steps: int, overrides: dict[str, Any]) -
         "logging": {"interval": 1000, "tensorboard": False},
     }
     for key, value in overrides.items():
+        if key == "model":
+            continue
         section, name = key.split(".")
         values.setdefault(section, {})[name] = value
     return values
