@@ -124,7 +124,9 @@ def make(mesh, **options):
 
 
 def running(module):
-    return {name: getattr(module, name).detach().clone() for name in RUNNING}
+    """As logical tensors."""
+    parameters = {name: getattr(module, name) for name in RUNNING}
+    return {name: merge([(logical_of(p), p.detach().clone())]) for name, p in parameters.items()}
 
 
 def train(mesh, sequence=False, microbatches=MICROBATCHES, **options):
@@ -210,7 +212,7 @@ def test_evaluation_goes_by_the_running_statistics():
     with torch.no_grad():
         module.running_mean.copy_(random(H, seed=6))
         module.running_var.copy_(random(H, seed=7).square())
-    theirs.load_state_dict(module.state_dict())
+    theirs.load_state_dict(running(module) | {"weight": WEIGHT, "bias": BIAS})
     theirs.eval()
     before, x, exact = running(module), X.clone().requires_grad_(), X.double().requires_grad_()
     y = module(x, REAL, training=False)
