@@ -41,7 +41,7 @@ FEED_FORWARD_INNER, FEED_FORWARD_OUTPUT = 7, 8
 
 
 class DampedEma(nn.Module):
-    """SiLU(EMA(x) + ω x) of this rank's features (section 3.1 and equation 7)."""
+    """SiLU(EMA(x) + ω x) of this rank's features (arXiv 2209.10655, section 3.1; as released)."""
 
     def __init__(self, config: MegaConfig, mesh: Mesh) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class DampedEma(nn.Module):
 
 
 class SimpleBias(nn.Module):
-    """A number for each distance (section 3.2)."""
+    """A number for each distance (the relative bias of arXiv 1910.10683, without buckets)."""
 
     def __init__(self, config: MegaConfig, mesh: Mesh) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ def normalise(norm: Norm, x: Tensor, context: Context) -> Tensor:
 
 
 class GatedAttention(Gated):
-    """Moving average equipped gated attention (equations 7 to 15)."""
+    """Moving average equipped gated attention (arXiv 2209.10655, section 3.2)."""
 
     def __init__(self, config: MegaConfig, mesh: Mesh, index: int) -> None:
         super().__init__(config, mesh, index)
