@@ -66,7 +66,7 @@ class Documents:
         if self.kind != "document" or self.stretches is None or not self.stretches.compact:
             return dataclasses.replace(self, chunk=min(size, self.shape[0]))
         ids = self.document_ids
-        longest = ids.shape[1] // size + 1
+        longest = positions.max() // size + 1
         ids = torch.where(ids > 0, ids * longest + positions // size, 0)
         return Documents.of(ids, self.indices, "document", causal=self.causal, form="grouped")
 
