@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -31,15 +30,6 @@ from farspan.kernels.documents import Documents, Form
 
 FORMS: tuple[Form, ...] = ("dense", "grouped")
 ONE_A_ROW = {"padding": [[(1, n), (0, 9 - n)] for n in (9, 4, 1, 5)], "left": [[(0, 3), (1, 6)], [(1, 9)], [(0, 9)]]}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Threads only slow tiny tensors down, and the rule counts them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=[0.0, math.inf], ids=["a group a length", "one group"])

@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -42,14 +41,6 @@ ONE_A_ROW = {
     "padding everywhere": [[(0, 1), (1, 3), (0, 2), (1, 2), (0, 1)], [(1, 9)]],
     "full rows": [[(1, 9)], [(1, 9)]],
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def compare(case: Case, kind: Any, forms: list[Form], monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -34,14 +33,6 @@ VARIANTS: list[tuple[bool, bool, int, dict[str, Any]]] = [
     (False, False, 0, {"biased": True, "weights": "relu2"}),
     (True, True, 0, {"biased": True, "weights": "laplace"}),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def places(document_ids: Tensor) -> Tensor:
