@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "mega_cpu.py"
+OTHER = "FARSPAN_TEST_TRANSFORMERS4"
 
 
 def quick(out: Path, *arguments: str) -> dict[str, Any]:
@@ -31,9 +32,9 @@ def test_without_the_other_side(tmp_path: Path) -> None:
     assert "tokens/s" in (tmp_path / "page.md").read_text()
 
 
-@pytest.mark.skipif("TRANSFORMERS4" not in os.environ, reason="TRANSFORMERS4 names no interpreter with transformers 4")
+@pytest.mark.skipif(OTHER not in os.environ, reason=f"{OTHER} names no interpreter with transformers 4.37")
 def test_with_the_other_side(tmp_path: Path) -> None:
-    found = quick(tmp_path / "page", "--transformers4", os.environ["TRANSFORMERS4"])
+    found = quick(tmp_path / "page", "--transformers4", os.environ[OTHER])
     assert set(found["differences"]) == {"output", "input gradient"}
     assert 0 < max(found["differences"].values()) < 1e-4
     assert [c["dropout"] for c in found["comparisons"]] == [0.0, 0.1]

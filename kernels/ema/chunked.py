@@ -23,7 +23,7 @@ from .scan import scan, shift, window
 
 # Inputs that are worked on at once: features are independent, and a slab of them at a time stays in the cache and
 # keeps peak memory low.  Not fewer features than the second, for the loops over chunks.
-SLAB, FEATURES = 2**20, 128
+SLAB, FEATURES = 2**20, 64
 
 
 def chunked(
