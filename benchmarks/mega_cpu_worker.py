@@ -29,11 +29,13 @@ DROPOUTS = ("dropout_prob", "hidden_dropout_prob", "attention_probs_dropout_prob
 
 class FarspanLayer:
     def __init__(self, fields: dict[str, Any], folder: Path) -> None:
+        from farspan.parallel.memory import keep_freed_memory
         from farspan.parallel.mesh import Mesh
         from farspan.parallel.sharding import initialize
         from farspan.pretrain.huggingface import build, rename
         from farspan.pretrain.models.mega import Mega, MegaConfig
 
+        keep_freed_memory()  # as a run on a CPU does (Mesh.create)
         config = MegaConfig(**fields)
         self.chunk, self.dropout = config.chunk_size, config.dropout_prob
         self.mesh = Mesh.solo()

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .memory import keep_freed_memory
+
 
 class SoloGroup:
     """Stands for a process group of one where torch.distributed is not initialised."""
@@ -109,6 +111,8 @@ class Mesh:
         if not dist.is_initialized():
             if device.type == "cuda":
                 torch.cuda.set_device(device)
+            else:
+                keep_freed_memory()
             dist.init_process_group(
                 backend="nccl" if device.type == "cuda" else "gloo",
                 init_method="env://",

@@ -10,7 +10,6 @@ Shapes: b rows, s positions, h hidden, z shared representation, v values; /t: sp
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,6 @@ from torch import Tensor, nn
 
 from ....kernels.activation import ACTIVATIONS
 from ....kernels.attention import attention, attention_to
-from ....kernels.documents import Documents
 from ....kernels.dropout import dropout, stream
 from ....kernels.ema import EmaState, ema
 from ....parallel.feature_layers import (
@@ -36,9 +34,6 @@ from .config import MegaConfig
 
 NORM_EPS = 1e-5
 ROTARY_BASE = 10000.0
-# Tokens that a CPU takes at once: tensors beyond 32 MiB go back to the system whenever they are freed, and taking fresh
-# pages costs half as much again as the arithmetic (at 65,536 tokens).
-BLOCK = 2048
 # Places of dropout within a layer (see kernels.dropout.stream).
 EMA_OUTPUT, VALUES, WEIGHTS, OUTPUT = 0, 1, 2, 3
 CROSS_VALUES, CROSS_WEIGHTS, CROSS_OUTPUT = 4, 5, 6
@@ -61,19 +56,11 @@ class DampedEma(nn.Module):
 
     def forward(self, x: Tensor, context: Context, state: EmaState | None) -> tuple[Tensor, EmaState | None]:
         """x: [s, b, h/t] → the same, and the state after the last position where the context carries one."""
-        y, state = self.average(x, context, state)
-        return self.finish(y, x), state
-
-    def average(self, x: Tensor, context: Context, state: EmaState | None) -> tuple[Tensor, EmaState | None]:
-        """EMA(x), and the state."""
-        return ema(
+        y, state = ema(
             x, self.damping(), self.decay(), self.expansion(), self.projection(), documents=context.documents,
             state=state, carry=context.cache is not None, truncation=self.truncation,
         )  # fmt: skip
-
-    def finish(self, y: Tensor, x: Tensor) -> Tensor:
-        """SiLU(y + ω x)"""
-        return F.silu(y + x * self.residual())
+        return F.silu(torch.addcmul(y, x, self.residual())), state
 
 
 class SimpleBias(nn.Module):
@@ -137,7 +124,7 @@ class Gated(nn.Module):
         """The residual x, between products, moved towards dropout(activation(y)) by the gate."""
         y = self._drop(self.activation(y), self.config.dropout_prob, place, context)
         residual = to_features(x, self.mesh)
-        x = from_features(residual + gate * (y - residual), self.mesh)
+        x = from_features(torch.lerp(residual, y, gate), self.mesh)
         return x if self.prenorm else normalise(self.norm, x, context)
 
 
@@ -147,39 +134,6 @@ def normalise(norm: Norm, x: Tensor, context: Context) -> Tensor:
         return norm(x)
     real = context.documents.document_ids.t()[context.part] > 0
     return norm(x, real, training=context.training)
-
-
-def by_blocks(
-    function: Callable[..., Tensor], context: Context, mesh: Mesh, *tensors: Tensor, norm: nn.Module
-) -> Tensor:
-    """function(context, *tensors), of blocks of positions one after another where that is the same and quicker.
-
-    tensors: [s, b, ...]; ``function`` mixes positions within chunks of attention, and in ``norm``, only.  One block: on
-    another device, on several tensor ranks, in packed rows, with a cache, without chunks, and under batch norm.
-    """
-    s, b = tensors[0].shape[:2]
-    documents, chunk = context.documents, context.attended.chunk
-    apart = documents.kind != "document" and context.cache is None and not isinstance(norm, BatchNorm)
-    if chunk is None or not apart or mesh.tensor.size > 1 or tensors[0].device.type != "cpu" or s * b <= BLOCK:
-        return function(context, *tensors)
-    size = max(BLOCK // (b * chunk), 1) * chunk
-    parts = zip(*(x.split(size) for x in tensors), strict=True)
-    return torch.cat([function(_block(context, i * size, size), *part) for i, part in enumerate(parts)])
-
-
-def _block(context: Context, start: int, size: int) -> Context:
-    """Of ``size`` positions."""
-    part, whole = slice(start, start + size), context.documents
-    ids = whole.document_ids[:, part]
-    # Not "full": its indices start at 0.
-    ids = torch.ones_like(ids) if whole.kind == "full" else ids
-    documents = Documents.of(ids, whole.indices[:, part], "padding", causal=whole.causal)
-    positions = context.positions[part]
-    attended = documents.chunks(context.attended.chunk or size, whole.indices[:, part])
-    return dataclasses.replace(
-        context, documents=documents, attended=attended, positions=positions, starts=context.starts[part],
-        part=slice(None),
-    )  # fmt: skip
 
 
 class GatedAttention(Gated):
@@ -202,35 +156,28 @@ class GatedAttention(Gated):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x: [s, b, h] → [s, b, h], under sequence parallelism [s/t, b, h] → the same."""
-        normed = by_blocks(self._normed, context, self.mesh, x, norm=self.norm)
+        normed = normalise(self.norm, x, context) if self.prenorm else x
         whole = gather_for_shares(normed, self.mesh)  # all positions and features
-        own = whole.shape[-1] // self.mesh.tensor.size
-        features = whole.narrow(-1, self.mesh.tensor.rank * own, own)
-        cache = None if context.cache is None else context.cache.before.get(self.index, LayerCache())
-        averaged, state = self.ema.average(features, context, None if cache is None else cache.ema)
-        if context.cache is not None:
-            context.cache.after[self.index] = dataclasses.replace(cache or LayerCache(), ema=state)
-        return by_blocks(self._gated, context, self.mesh, x, whole, features, averaged, norm=self.norm)
-
-    def _normed(self, context: Context, x: Tensor) -> Tensor:
-        return normalise(self.norm, x, context) if self.prenorm else x
-
-    def _gated(self, context: Context, x: Tensor, whole: Tensor, features: Tensor, averaged: Tensor) -> Tensor:
-        """What follows the moving average.  x: as ``forward``'s; whole: [s, b, h]; features, averaged: [s, b, h/t]."""
         values = self._drop(self.activation(self.values(whole)), self.config.hidden_dropout_prob, VALUES, context)
-        averaged = self._drop(self.ema.finish(averaged, features), self.config.dropout_prob, EMA_OUTPUT, context)
+        own = whole.shape[-1] // self.mesh.tensor.size
+        cache: LayerCache | None = None
+        if context.cache is not None:
+            cache = context.cache.before.get(self.index, LayerCache())
+        averaged, state = self.ema(
+            whole.narrow(-1, self.mesh.tensor.rank * own, own), context, None if cache is None else cache.ema
+        )
+        averaged = self._drop(averaged, self.config.dropout_prob, EMA_OUTPUT, context)
         averaged = gather_features(averaged, self.mesh.tensor)
 
         shared = F.silu(self.shared(averaged)).unsqueeze(2)
         query, key = (shared * self.query_key_scale() + self.query_key_offset()).split(1, 2)  # [s, b, 1, z] each
         values = values.unsqueeze(2)  # one head
-        if context.cache is None:
+        if cache is None:
             attended = context.run("selective", self._attend, query, key, values, context)
         else:
-            cache = context.cache.after[self.index]
-            before = context.cache.before.get(self.index)
-            attended, kept = self._attend_on(query, key, values, context, None if before is None else before.kept)
-            context.cache.after[self.index] = dataclasses.replace(cache, kept=kept)
+            attended, kept = self._attend_on(query, key, values, context, cache.kept)
+            assert context.cache is not None
+            context.cache.after[self.index] = dataclasses.replace(cache, ema=state, kept=kept)
         gated = attended.squeeze(2) * F.silu(self.attention_gate(averaged))
         y = self.candidate(averaged) + self.output(gated)
         return self._finish(x, torch.sigmoid(self.residual_gate(averaged)), y, OUTPUT, context)
