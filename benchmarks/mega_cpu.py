@@ -28,8 +28,9 @@ from farspan.benchmarks.about import about, bullets
 
 WORKER = Path(__file__).with_name("mega_cpu_worker.py")
 AGREE = 1e-4  # outputs and input gradients, relative to the largest value
-COMPARED, LENGTHS = 4096, (1024, 4096, 16384, 65536)
-QUICK_COMPARED, QUICK_LENGTHS = 256, (256, 512)
+COMPARED, QUICK_COMPARED = 4096, 256
+LENGTHS: tuple[int, ...] = (1024, 4096, 16384, 65536)
+QUICK_LENGTHS: tuple[int, ...] = (256, 512)
 # What the layer is held to, at COMPARED and from there to the longest.
 FASTER, SMALLER, GROWTH = 3.0, 3.0, 18.0
 
@@ -51,7 +52,7 @@ class Worker:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit(f"{' '.join(map(str, self.process.args))} ended: see above")
+            raise SystemExit("a side's process ended: see above")
         return json.loads(line)
 
 
@@ -120,9 +121,14 @@ def growth(worker: Worker, lengths: tuple[int, ...], rounds: int) -> list[dict[s
         print(f"  lengths, round {turn} of {rounds}", file=sys.stderr, flush=True)
     rows = []
     for length, kept in times.items():
-        seconds, average = (statistics.median(values) for values in kept)
-        rows.append({"length": length, "seconds": seconds, "tokens_per_second": length / seconds,
-                     "average_share": average / seconds})  # fmt: skip
+        whole, average = (statistics.median(values) for values in kept)
+        row = {
+            "length": length,
+            "seconds": whole,
+            "tokens_per_second": length / whole,
+            "average_share": average / whole,
+        }
+        rows.append(row)
     return rows
 
 

@@ -41,7 +41,7 @@ class FarspanLayer:
         self.mesh = Mesh.solo()
         self.model = build(Mega, config, ())
         initialize(self.model, 1, self.mesh.tensor)
-        self.layer = self.model.layers["0"]
+        self.layer: Any = self.model.layers["0"]
         self.contexts: dict[int, Any] = {}
         if not (folder / "weights.pt").exists():
             weights = {name: p.detach() for name, p in self.model.named_parameters()}
@@ -98,7 +98,7 @@ class Side:
         torch.set_num_threads(threads)
         torch.manual_seed(1)
         self.folder = folder
-        kinds = {"farspan": FarspanLayer, "transformers": TransformersLayer}
+        kinds: dict[str, Any] = {"farspan": FarspanLayer, "transformers": TransformersLayer}
         self.model = kinds[kind](SIZES | dict.fromkeys(DROPOUTS, dropout), folder)
         self.inputs: dict[int, tuple[Tensor, Tensor]] = {}
 
