@@ -62,10 +62,10 @@ class Trainer:
         self.ranks, self.data, self.root = ranks, data, root
         self.numbers = itertools.count()
 
-    def __call__(self, steps: int, overrides: dict) -> Run:
+    def __call__(self, steps: int, overrides: dict, function=train_here) -> Run:
         run = Run(self.root / str(next(self.numbers)))
         values = settings(self.data, run.folder, steps, overrides)
-        errors = self.ranks.run(train_here, values, count=ranks_of(values), seconds=200)
+        errors = self.ranks.run(function, values, count=ranks_of(values), seconds=200)
         assert not any(errors), errors
         return run
 
@@ -121,6 +121,33 @@ def test_kinds_of_training(trainer, name):
         run = trainer(8, overrides | LAYOUTS[layout])
         assert max(worst(run, single)) <= RELATIVE, f"{layout}: {worst(run, single)}"
         assert max(map(difference, run.validations(), single.validations())) <= RELATIVE, layout
+
+
+def train_partitioned(values: dict) -> str | None:
+    """Train with every weight partitioned, those too that ZeRO 3 leaves whole because they are small."""
+    import deepspeed
+
+    initialize = deepspeed.initialize
+
+    def with_all(**arguments):
+        arguments["config"]["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        made = initialize(**arguments)
+        assert not any(p.ds_persist for p in made[0].module.parameters())
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(deepspeed, "initialize", with_all)
+        return train_here(values)
+
+
+@pytest.mark.parametrize("name", ["relative", "mega", "mega, causal"])
+def test_zero_3_of_every_weight(trainer, name):
+    kind, _ = KINDS[name]
+    trainer.ranks.stop()  # see above
+    run = trainer(6, kind | LAYOUTS["DP2, ZeRO 3"], function=train_partitioned)
+    single = trainer(6, kind)
+    assert max(worst(run, single)) <= RELATIVE
+    assert_all_close(run.weights(), single.weights(), "final")
 
 
 @pytest.mark.parametrize("layout", ["1 rank", "TP2", "PP2", *(f"DP2, ZeRO {stage}" for stage in range(4))])
