@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import random
 import selectors
 import signal
 import socket
@@ -81,8 +82,16 @@ def available_cores() -> int:
 
 
 def free_port() -> int:
-    """A TCP port on 127.0.0.1 that nothing uses at this moment."""
-    with socket.socket() as listener:
+    """A TCP port on 127.0.0.1 that nothing uses at this moment.
+
+    Below those that systems give to whoever connects (32768 up on Linux, 49152 up by RFC 6335): between this moment and
+    the ranks' start, runs beside this one connect thousands of times.
+    """
+    for port in random.SystemRandom().sample(range(20000, 32768), 100):
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
+    with socket.socket() as listener:  # a crowded machine: whatever the system has
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
 

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -11,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from farspan.launch.local import run_ranks
+from farspan.launch.local import free_port, run_ranks
 
 PRELUDE = """
 import os, pathlib, signal, subprocess, sys, time
@@ -357,3 +359,18 @@ def test_ranks_do_not_outlive_a_killed_parent(tmp_path: Path, start_driver) -> N
 def test_no_ranks_is_an_error() -> None:
     with pytest.raises(ValueError, match="at least 1, not 0"):
         run_ranks([], 0)
+
+
+def test_free_ports_are_free_and_not_those_of_whoever_connects() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        ports = {free_port() for _ in range(50)}
+    assert len(ports) > 40 and all(20000 <= port < 32768 for port in ports)
+
+
+def test_a_port_in_use_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        used = taken.getsockname()[1]
+        monkeypatch.setattr(random.SystemRandom, "sample", lambda self, population, k: [used])
+        assert free_port() != used  # and where all that were drawn are in use, the system says
