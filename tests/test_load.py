@@ -139,4 +139,4 @@ def test_a_sequence_that_is_too_long(run: Path) -> None:
 
 def test_output_is_plain() -> None:
     names = [field.name for field in dataclasses.fields(farspan.load(GOLDEN)(IDS[:1]))]
-    assert names == ["logits", "last_hidden_state", "seq_relationship_logits", "loss"]
+    assert names == ["logits", "last_hidden_state", "seq_relationship_logits", "loss", "cache"]

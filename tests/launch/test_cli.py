@@ -348,17 +348,21 @@ def test_convert(stub: Callable[[str, str], types.ModuleType], capsys: pytest.Ca
         "farspan.pretrain.huggingface",
         """
 calls = []
-def to_huggingface(checkpoint, out, dtype=None):
-    calls.append((checkpoint, out, dtype))
+def to_huggingface(checkpoint, out, dtype=None, *, stock):
+    calls.append((checkpoint, out, dtype, stock))
 def from_huggingface(folder, out):
     calls.append((folder, out))
 """,
     )
     assert main(["convert", "to-hf", "runs/a", "out"]) == 0
     assert main(["convert", "to-hf", "runs/a", "out", "--dtype", "bfloat16"]) == 0
+    assert main(["convert", "to-hf", "runs/a", "out", "--stock"]) == 0
     assert main(["convert", "from-hf", "folder", "out"]) == 0
-    assert module.calls == [("runs/a", "out", None), ("runs/a", "out", "bfloat16"), ("folder", "out")]
-    assert capsys.readouterr().out == "wrote out\n" * 3
+    assert module.calls == [
+        ("runs/a", "out", None, False), ("runs/a", "out", "bfloat16", False), ("runs/a", "out", None, True),
+        ("folder", "out"),
+    ]  # fmt: skip
+    assert capsys.readouterr().out == "wrote out\n" * 4
 
 
 def test_prepare_brings_its_own_options(stub: Callable[[str, str], types.ModuleType]) -> None:

@@ -124,7 +124,7 @@ class Gated(nn.Module):
         """The residual x, between products, moved towards dropout(activation(y)) by the gate."""
         y = self._drop(self.activation(y), self.config.dropout_prob, place, context)
         residual = to_features(x, self.mesh)
-        x = from_features(torch.lerp(residual, y, gate), self.mesh)
+        x = from_features(torch.addcmul(residual, gate, y - residual), self.mesh)
         return x if self.prenorm else normalise(self.norm, x, context)
 
 
