@@ -38,6 +38,7 @@ class Documents:
     chunk: int | None = None  # rows are cut into chunks of so many positions, seen only from inside
     _costs: dict[int, tuple[float, float]] = dataclasses.field(default_factory=dict, init=False)
     _grouped: dict[int, tuple[Slots, list[Group]]] = dataclasses.field(default_factory=dict, init=False)
+    _pieces: dict[int, Pieces] = dataclasses.field(default_factory=dict, init=False)
 
     @staticmethod
     def of(
@@ -180,7 +181,7 @@ class Documents:
         assert self.stretches is not None
         order = self.stretches.lengths.argsort(descending=True, stable=True)
         lengths, padded = self.stretches.lengths[order], padded[order]
-        slots, real = self._slots(self.stretches.starts[order], lengths, padded)
+        slots, real = self._slots(self._tokens(self.stretches.starts[order], lengths), lengths, padded)
         first = self._moved(self.stretches.first[order])
         # In rows that are not packed a causal query's number counts the padding before it, as in the dense form.
         counted = self.causal and self.kind == "padding"
@@ -202,20 +203,58 @@ class Documents:
         """Documents one after another without gaps: slots, bounds ([documents + 1] int32), the longest length."""
         assert self.stretches is not None
         lengths = self.stretches.lengths
-        slots, _ = self._slots(self.stretches.starts, lengths, lengths)
+        slots, _ = self._slots(self._tokens(self.stretches.starts, lengths), lengths, lengths)
         bounds = F.pad(lengths.cumsum(0), (1, 0)).to(self.document_ids.device, torch.int32)
         return slots, bounds, int(lengths.max())
 
-    def _slots(self, starts: Tensor, lengths: Tensor, padded: Tensor) -> tuple[Slots, Tensor]:
-        """Slots for documents in this order, and which of the slots have a token: [slots] bool."""
+    def pieces(self, multiple: int, *, keep_padding: bool = False) -> Pieces:
+        """Every document by itself, as long as the next multiple of ``multiple``; its tokens are moved together where
+        padding lies between them.  ``keep_padding``: rows that are not packed stay as they are."""
+        key = 0 if keep_padding and self.kind == "padding" else multiple
+        if key not in self._pieces:
+            self._pieces[key] = self._cut(key)
+        return self._pieces[key]
+
+    def _cut(self, multiple: int) -> Pieces:
+        s, b = self.shape
+        if self.stretches is None or (self.stretches.fill_rows and self.stretches.compact):
+            return Pieces(self, None, [(b, s)], [None])
+        ids = self.document_ids.cpu()
+        names = torch.arange(b).unsqueeze(1) * (ids.max() + 1) + (ids if self.kind == "document" else (ids > 0).long())
+        order = names.where(ids > 0, -1).flatten().argsort(stable=True)[int((ids == 0).sum()) :]
+        if multiple == 0 or not len(order):
+            return Pieces(self, None, [(b, s)], [self.document_ids > 0])
+        _, lengths = names.flatten()[order].unique_consecutive(return_counts=True)
+        padded = -(-lengths // multiple) * multiple
+        longest_first = padded.argsort(descending=True, stable=True)
+        order = torch.cat([order.split(lengths.tolist())[i] for i in longest_first.tolist()])
+        lengths, padded = lengths[longest_first], padded[longest_first]
+        slots, real = self._slots(order % s * b + order // s, lengths, padded)
+        sizes: list[tuple[int, int]] = []
+        masks: list[Tensor | None] = []
+        slot, document = 0, 0
+        for l, n in zip(*(x.tolist() for x in padded.unique_consecutive(return_counts=True)), strict=True):
+            full = bool((lengths[document : document + n] == l).all())
+            sizes.append((n, l))
+            masks.append(None if full else real[slot : slot + n * l].view(n, l))
+            slot, document = slot + n * l, document + n
+        return Pieces(self, slots, sizes, masks)
+
+    def _tokens(self, starts: Tensor, lengths: Tensor) -> Tensor:
+        """The numbers of the tokens of these stretches, one stretch after another."""
+        b, s = self.document_ids.shape
+        place = torch.arange(int(lengths.sum())) + (starts - lengths.cumsum(0) + lengths).repeat_interleave(lengths)
+        return place % s * b + place // s
+
+    def _slots(self, order: Tensor, lengths: Tensor, padded: Tensor) -> tuple[Slots, Tensor]:
+        """Slots for documents of these lengths, whose tokens are given one document after another, each padded to so
+        many; and which of the slots have a token: [slots] bool."""
         b, s = self.document_ids.shape
         document = torch.arange(len(lengths)).repeat_interleave(padded)
-        offset = torch.arange(len(document)) - (padded.cumsum(0) - padded)[document]
-        real = offset < lengths[document]
-        place = starts[document] + offset.where(real, 0)
-        tokens = place % s * b + place // s
+        real = torch.arange(len(document)) - (padded.cumsum(0) - padded)[document] < lengths[document]
+        tokens = torch.zeros(len(document), dtype=torch.int64).masked_scatter(real, order)
         slots = torch.full((s * b,), -1)
-        slots[tokens[real]] = real.nonzero().squeeze(1)
+        slots[order] = real.nonzero().squeeze(1)
         empty, padding = (~real).nonzero().squeeze(1), (slots < 0).nonzero().squeeze(1)
         device = self.document_ids.device
         tokens, empty, slots, padding, real = (x.to(device) for x in (tokens, empty, slots.clamp(0), padding, real))
@@ -274,6 +313,31 @@ class Group:
     mask: Tensor | None
     first: Tensor | None
     places: Tensor | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pieces:
+    """Documents, each by itself, those padded to the same length together: for attention whose result depends on where
+    a document begins and on how long it is."""
+
+    documents: Documents
+    slots: Slots | None  # None: rows as they are
+    sizes: list[tuple[int, int]]  # (n documents, l tokens)
+    masks: list[Tensor | None]  # [n, l] bool, True where there is a token; None: everywhere
+
+    def split(self, x: Tensor) -> list[Tensor]:
+        """[s, b, h, d] → [n, h, l, d] of each size, zeros where there is no token (rows as they are: as given)."""
+        if self.slots is None:
+            return [self.documents.rows(x)]
+        parts = self.slots.gather(x.flatten(0, 1)).split([n * l for n, l in self.sizes])
+        return [part.unflatten(0, size).transpose(1, 2) for part, size in zip(parts, self.sizes, strict=True)]
+
+    def join(self, parts: list[Tensor]) -> Tensor:
+        """The reverse, [s, b, h, d], zeros for padding (rows as they are: as given)."""
+        if self.slots is None:
+            return self.documents.from_rows(parts[0])
+        y = self.slots.scatter(torch.cat([part.transpose(1, 2).flatten(0, 1) for part in parts]))
+        return y.view(*self.documents.shape, *y.shape[1:])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

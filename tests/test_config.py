@@ -16,7 +16,7 @@ from farspan.launch.cli import main
 from farspan.pretrain.config import Config, Section, check_world
 from farspan.pretrain.config_file import load_config
 from farspan.pretrain.models import ARCHITECTURES
-from farspan.pretrain.models.transformer import TransformerConfig
+from farspan.pretrain.models.dense_attention import DenseAttentionConfig
 
 BASE: dict[str, Any] = {
     "run_dir": "runs/a",
@@ -96,7 +96,7 @@ def test_nothing_changes_after_the_start(file: Path) -> None:
     [
         *((f"{section}.{field[:-1]}x=1", f"{section}.{field}") for section, cls in SECTIONS.items()
           for field in cls.model_fields if len(field) > 4 and field not in ("beta1", "beta2")),
-        *((f"model.{field[:-1]}x=1", f"model.{field}") for field in TransformerConfig.model_fields),
+        *((f"model.{field[:-1]}x=1", f"model.{field}") for field in DenseAttentionConfig.model_fields),
         ("traning.steps=1", "training"),
         ("modle.hidden_size=1", "model"),
         ("rundir=a", "run_dir"),

@@ -34,6 +34,11 @@ class BertConfig(ModelConfig):
         return self
 
     @property
+    def position_rows(self) -> int:
+        """Rows of the position table."""
+        return self.max_position_embeddings
+
+    @property
     def position_padding_index(self) -> int | None:
         """The row of the position table that padding has, if it has one of its own."""
         return None
@@ -57,7 +62,7 @@ class BertEmbeddings(Embeddings):
         self.p = config.hidden_dropout_prob
         self.types = Embedding(mesh, config.type_vocab_size, h, std=std)
         # Hugging Face keeps the table in its files for relative positions too, where nothing reads it.
-        rows, padding = config.max_position_embeddings, config.position_padding_index
+        rows, padding = config.position_rows, config.position_padding_index
         self.positions = Embedding(mesh, rows, h, std=std, padding_index=padding)
         self.positions.weight.requires_grad_(positions)
         self.norm = LayerNorm(mesh, h, config.layer_norm_eps) if norm else None

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from .bert import BertModel, embedding_keys, head_aliases, head_keys
 from .config import ModelConfig
+from .dense_attention import DenseAttention, DenseAttentionConfig, dense_flops_per_row, dense_keys
 from .huggingface_keys import HuggingFaceKeys, layer_keys
-from .transformer import PreNormLayer, TransformerConfig, transformer_flops_per_row, transformer_keys
+from .transformer import PreNormLayer, TransformerConfig
 
 
-class MegatronBertConfig(TransformerConfig):
+class MegatronBertConfig(DenseAttentionConfig):
     """Fields and defaults of Hugging Face's MegatronBertConfig."""
 
     model_type: str = ModelConfig.with_default("model_type", "megatron-bert")
@@ -26,7 +27,7 @@ class MegatronBert(BertModel):
     config: MegatronBertConfig
 
     def make_layer(self, index: int) -> PreNormLayer:
-        return PreNormLayer(self.config, self.mesh, index)
+        return PreNormLayer(self.config, self.mesh, index, DenseAttention(self.config, self.mesh, index))
 
     def uses_position_table(self) -> bool:
         return self.config.position_embedding_type == "absolute"
@@ -36,7 +37,7 @@ class MegatronBert(BertModel):
         prefix = "bert." if heads else ""
         keys = embedding_keys(prefix)
         for i in range(config.num_hidden_layers):
-            keys |= transformer_keys(config, i, f"{prefix}encoder.layer.{i}", norms=("attention.ln", "ln"))
+            keys |= dense_keys(config, i, f"{prefix}encoder.layer.{i}", norms=("attention.ln", "ln"))
         keys |= layer_keys("final_norm", f"{prefix}encoder.ln")
         return keys | head_keys(config, heads, prefix)
 
@@ -53,5 +54,5 @@ class MegatronBert(BertModel):
 
     @classmethod
     def flops_per_row(cls, config: ModelConfig, length: float, predictions: float) -> float:
-        assert isinstance(config, TransformerConfig)
-        return transformer_flops_per_row(config, length, predictions)
+        assert isinstance(config, DenseAttentionConfig)
+        return dense_flops_per_row(config, length, predictions)

@@ -11,11 +11,12 @@ from torch import Tensor
 from ..batch import Batch
 from .bert import BertModel, embedding_keys
 from .config import ModelConfig
+from .dense_attention import DenseAttention, DenseAttentionConfig, dense_flops_per_row, dense_keys
 from .huggingface_keys import HuggingFaceKeys, layer_keys
-from .transformer import PreNormLayer, TransformerConfig, transformer_flops_per_row, transformer_keys
+from .transformer import PreNormLayer
 
 
-class RobertaPreLayerNormConfig(TransformerConfig):
+class RobertaPreLayerNormConfig(DenseAttentionConfig):
     """Fields and defaults of Hugging Face's RobertaPreLayerNormConfig."""
 
     model_type: str = ModelConfig.with_default("model_type", "roberta-prelayernorm")
@@ -51,7 +52,7 @@ class RobertaPreLayerNorm(BertModel):
     config: RobertaPreLayerNormConfig
 
     def make_layer(self, index: int) -> PreNormLayer:
-        return PreNormLayer(self.config, self.mesh, index)
+        return PreNormLayer(self.config, self.mesh, index, DenseAttention(self.config, self.mesh, index))
 
     def uses_position_table(self) -> bool:
         return self.config.position_embedding_type == "absolute"
@@ -77,7 +78,7 @@ class RobertaPreLayerNorm(BertModel):
         keys = embedding_keys(prefix) | layer_keys("embeddings.norm", f"{prefix}embeddings.LayerNorm")
         for i in range(config.num_hidden_layers):
             layer, norms = f"{prefix}encoder.layer.{i}", ("attention.LayerNorm", "intermediate.LayerNorm")
-            keys |= transformer_keys(config, i, layer, norms=norms)
+            keys |= dense_keys(config, i, layer, norms=norms)
         keys |= layer_keys("final_norm", f"{prefix}LayerNorm")
         if "lm" in heads:
             keys |= layer_keys("lm_head.dense", "lm_head.dense") | layer_keys("lm_head.norm", "lm_head.layer_norm")
@@ -103,5 +104,5 @@ class RobertaPreLayerNorm(BertModel):
 
     @classmethod
     def flops_per_row(cls, config: ModelConfig, length: float, predictions: float) -> float:
-        assert isinstance(config, TransformerConfig)
-        return transformer_flops_per_row(config, length, predictions)
+        assert isinstance(config, DenseAttentionConfig)
+        return dense_flops_per_row(config, length, predictions)
