@@ -1,8 +1,9 @@
-"""What a reference case is: the base class that cases_bert.py and cases_mega.py fill in, and how both draw ids."""
+"""What a reference case is: the base class that the other files here fill in, and how all of them draw ids."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,6 +48,14 @@ class Case:
     def forget(self, model: PreTrainedModel) -> None:
         """Drop what the model keeps from one call to the next; called before every call."""
 
+    def exactly(self) -> AbstractContextManager[Any]:
+        """Within it a model of float64 computes in float64 throughout."""
+        return nullcontext()
+
+    def remark(self) -> str:
+        """What to print about a case that has run; refuses one that float32 rounding could upset."""
+        return ""
+
     def notes(self) -> dict[str, str]:
         """What case.json says beside the versions."""
         return {}
@@ -58,7 +67,8 @@ class Case:
     def make_config(self, small: dict[str, Any]) -> Any:
         """The Hugging Face config: ``small`` with the case's own changes."""
         config_class = getattr(transformers, self.model_class).config_class
-        return config_class(**{**small, "is_decoder": self.causal, **self.config})
+        decoder = {"is_decoder": True} if self.causal else {}
+        return config_class(**{**small, **decoder, **self.config})
 
 
 def uniform(high: int, shape: torch.Size | tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
@@ -75,7 +85,7 @@ def make_ids(config: Any, real: torch.Tensor, generator: torch.Generator) -> tor
 
 def make_labels(config: Any, ids: torch.Tensor, real: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Labels like ``ids``: themselves in a decoder, some random ones otherwise, none at or from a padded position."""
-    if config.is_decoder:
+    if getattr(config, "is_decoder", False):
         labels = ids.clone()
         # A label is predicted from the position before it, which must not be padding.
         predicted = real.clone()
@@ -86,3 +96,34 @@ def make_labels(config: Any, ids: torch.Tensor, real: torch.Tensor, generator: t
         predicted[:, 0] = False
     labels[~predicted] = IGNORED
     return labels
+
+
+# Where rows are padded, as (row, first position, position after the last), in parts of the row's length.
+Padding = tuple[tuple[int, float, float], ...]
+NONE: Padding = ()
+RIGHT: Padding = ((1, 0.7, 1), (2, 0.3, 1))
+LEFT: Padding = ((1, 0, 0.2), (2, 0, 0.55))
+HOLES: Padding = ((1, 0.25, 0.4), (1, 0.6, 0.63), (2, 0.1, 0.15), (2, 0.3, 0.7), (2, 0.9, 1))
+
+
+@dataclass(frozen=True)
+class PaddedCase(Case):
+    """A case of an encoder: the length of its rows, how many there are, where they are padded, and token types."""
+
+    length: int = 64
+    padding: Padding = NONE
+    batch: int = 2
+    token_types: bool = False
+
+    def make_inputs(self, config: Any, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        attention_mask = torch.ones(self.batch, self.length, dtype=torch.int64)
+        for row, start, stop in self.padding:
+            if row < self.batch:
+                attention_mask[row, round(start * self.length) : round(stop * self.length)] = 0
+        real = attention_mask.bool()
+        ids = make_ids(config, real, generator)
+        labels = make_labels(config, ids, real, generator)
+        inputs = {"input_ids": ids, "attention_mask": attention_mask, "labels": labels}
+        if self.token_types:
+            inputs["token_type_ids"] = uniform(config.type_vocab_size, ids.shape, generator)
+        return inputs

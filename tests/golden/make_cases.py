@@ -1,33 +1,43 @@
-"""Make reference cases with the model classes of transformers 4.37.2.
+"""Make reference cases with the model classes of transformers.
 
     python tests/golden/make_cases.py [CASE ...]
 
 writes one folder a case beside this file, in the format that README.md there describes. It needs only torch,
-safetensors, numpy<2 and `transformers==4.37.2`: the last release whose BERT classes still know the relative position
-embeddings. The cases are listed in cases_bert.py and cases_mega.py. Every case is a pure function of its name and of
-the versions in its case.json.
+safetensors and transformers: 4.37.2 (with numpy<2), the last release that has MEGA and whose BERT classes still know
+the relative position embeddings, and for MRA 5.23.0, whose masks are right but for their order. It makes the cases
+that the installed release can make; they are listed in the files that `MODULES` names. Every case is a pure function
+of its name and of the versions in its case.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import importlib
 import json
 import zlib
 from pathlib import Path
 
-import cases_bert
-import cases_mega
 import torch
 import transformers
 from golden_case import Case
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-TRANSFORMERS = "4.37.2"
+# The files that list the cases, by the release of transformers that makes them. Some import only with theirs.
+MODULES = {"4.37.2": ("cases_bert", "cases_mega", "cases_nystromformer"), "5.23.0": ("cases_mra",)}
 # Leaving out any one tensor must move a logit by more than this; the comparisons that use the cases allow 1e-5.
 SMALLEST_EFFECT = 1e-3
+# And float32 must be this near to the same model in float64, relative to each tensor's largest value.
+LARGEST_ERROR = 3e-6
+# Tensors whose gradient is zero but for rounding, and those that give the scale instead.
+NEIGHBOURS = {".key.bias": ".query.bias", "k_proj.bias": "k_proj.weight"}
 
-CASES: dict[str, Case] = {**cases_bert.CASES, **cases_mega.CASES}
+CASES: dict[str, Case] = {
+    name: case
+    for module in MODULES.get(transformers.__version__, ())
+    for name, case in importlib.import_module(module).CASES.items()
+}
 
 
 def run(case: Case, model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -74,6 +84,23 @@ def check_every_tensor_shows(case: Case, model: PreTrainedModel, inputs: dict[st
             raise AssertionError(f"without {part.name} the outputs move by {effect:.2e}: expected {expected}")
 
 
+def check_digits(
+    case: Case, model: PreTrainedModel, inputs: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]
+) -> str:
+    """Compare with the same model in float64: a case whose values lose digits in float32 is no reference."""
+    inputs = {key: tensor.double() if tensor.is_floating_point() else tensor for key, tensor in inputs.items()}
+    with case.exactly():
+        exact = run(case, copy.deepcopy(model).double(), inputs)
+    errors = {}
+    for key, tensor in outputs.items():
+        scale = next((exact[key.replace(a, b)] for a, b in NEIGHBOURS.items() if key.endswith(a)), exact[key])
+        errors[key] = ((tensor - exact[key]).abs().max() / scale.abs().max()).item()
+    worst = max(errors, key=lambda key: errors[key])
+    if errors[worst] > LARGEST_ERROR:
+        raise AssertionError(f"float32 is {errors[worst]:.1e} off in {worst}: change the draw")
+    return f"{errors[worst]:.1e} off in {worst}"
+
+
 def make_case(name: str, root: Path) -> None:
     """Write the case's folder, checking that the saved model gives the saved outputs."""
     case, folder = CASES[name], root / name
@@ -82,6 +109,7 @@ def make_case(name: str, root: Path) -> None:
     inputs = case.make_inputs(model.config, torch.Generator().manual_seed(seed))
     check_every_tensor_shows(case, model, inputs)
     outputs = run(case, model, inputs)
+    digits = check_digits(case, model, inputs, outputs)
 
     model.save_pretrained(folder, safe_serialization=True)
     again = run(case, type(model).from_pretrained(folder).eval(), inputs)
@@ -95,7 +123,7 @@ def make_case(name: str, root: Path) -> None:
     description = {"case": name, "model_class": case.model_class, **versions, "made_by": "make_cases.py", "seed": seed}
     (folder / "case.json").write_text(json.dumps({**description, **case.notes()}, indent=1) + "\n")
     size = sum(file.stat().st_size for file in folder.iterdir())
-    print(f"{name}: loss {outputs['loss'].item():.6f}, {size / 1000:.0f} kB")
+    print(f"{name}: loss {outputs['loss'].item():.6f}, {size / 1000:.0f} kB, {digits}{case.remark()}")
 
 
 def main() -> None:
@@ -104,10 +132,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent, help="where the folders go")
     arguments = parser.parse_args()
     names = arguments.case or list(CASES)
-    if transformers.__version__ != TRANSFORMERS:
-        raise SystemExit(f"transformers is {transformers.__version__}; the cases are made with {TRANSFORMERS}")
+    others = {release: modules for release, modules in MODULES.items() if release != transformers.__version__}
+    elsewhere = "; ".join(f"those of {', '.join(modules)} need {release}" for release, modules in others.items())
+    if not CASES:
+        raise SystemExit(f"transformers {transformers.__version__} makes none of the cases: {elsewhere}")
     if unknown := [name for name in names if name not in CASES]:
-        raise SystemExit(f"no case named {unknown[0]!r}; there are: {', '.join(CASES)}")
+        made = f"transformers {transformers.__version__} makes: {', '.join(CASES)}"
+        raise SystemExit(f"no case named {unknown[0]!r}; {made}; {elsewhere}")
+    if not arguments.case:
+        print(f"skipped with transformers {transformers.__version__}: {elsewhere}")
     torch.set_num_threads(1)
     for name in names:
         make_case(name, arguments.out)
