@@ -224,8 +224,10 @@ def _to_hf(args: argparse.Namespace) -> None:
 def _from_hf(args: argparse.Namespace) -> None:
     from ..pretrain.huggingface import from_huggingface
 
-    from_huggingface(args.folder, args.out)
+    note = from_huggingface(args.folder, args.out)
     print(f"wrote {args.out}")
+    if note:
+        _say(f"note: {note}")
 
 
 def _version(args: argparse.Namespace) -> None:

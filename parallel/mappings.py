@@ -9,6 +9,10 @@ positions: [s, b, h/tensor].
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+import torch.distributed as dist
 from megatron.core import tensor_parallel
 from torch import Tensor
 
@@ -61,6 +65,32 @@ def sum_over(x: Tensor, axis: Axis) -> Tensor:
     if axis.size == 1:
         return x
     return copy_to_tensor_region(tensor_parallel.reduce_from_tensor_model_parallel_region(x.clone(), axis.group), axis)
+
+
+def max_over(x: Tensor, axis: Axis) -> Tensor:
+    """The maximum over the ranks of an axis, of which each goes on to use its own copy: the sum of their gradients goes
+    to where it was found (in equal parts, where it was found twice)."""
+    if axis.size == 1:
+        return x
+    return _MaxOver.apply(x, axis)  # type: ignore[no-any-return]
+
+
+class _MaxOver(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        largest = x.clone()
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=axis.group)
+        found = (x == largest).to(x.dtype)
+        times = found.clone()
+        dist.all_reduce(times, group=axis.group)
+        ctx.axis, ctx.share = axis, found / times
+        return largest
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        total = gradient.contiguous().clone()
+        dist.all_reduce(total, group=ctx.axis.group)
+        return total * ctx.share, None
 
 
 def gather_for_shares(x: Tensor, mesh: Mesh) -> Tensor:

@@ -37,6 +37,12 @@ TOKENIZER_FILES = (
 # Buffers that older files carry, and a pooler that no head here reads.
 _IGNORED = re.compile(r"(\w+\.)?(embeddings\.(position_ids|token_type_ids)|pooler\.dense\.(weight|bias))")
 _COUNTERS = re.compile(r".*\.num_batches_tracked")  # whole numbers by nature
+# Fields that are refused, but for these values, where an architecture has none of the name.
+_UNUSED: dict[str, tuple[Any, ...]] = {
+    "add_cross_attention": (False, None),
+    "pruned_heads": ({}, None),
+    "position_embedding_type": ("absolute", None),
+}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -102,10 +108,12 @@ class HuggingFaceFolder:
     def model(self) -> tuple[type[LanguageModel], ModelConfig, tuple[str, ...]]:
         """The architecture, its configuration and the heads that the folder has tensors for."""
         cls = _architecture(str(self.config.get("model_type", "")), self.folder / "config.json")
-        for field, allowed in (("add_cross_attention", (False, None)), ("pruned_heads", ({}, None))):
+        for field, allowed in _UNUSED.items():
             if field not in cls.config_class.model_fields and self.config.get(field) not in allowed:
                 raise ValueError(f"{self.folder}/config.json sets {field}, which no pretraining objective here uses")
         fields = {name: self.config[name] for name in cls.config_class.model_fields if name in self.config}
+        if self.config["model_type"] == cls.name:
+            fields |= cls.stock_fields(self.config)
         fields["model_type"] = cls.name
         if self.config.get("pad_token_id", "missing") is None:
             fields["pad_token_id"] = None
@@ -216,7 +224,7 @@ def export_config(
     fields.pop("auto_map", None)
     if code is not None:
         fields["auto_map"] = code.auto_map
-        if cls.stock_difference(config):
+        if code.needed or cls.stock_difference(config):
             fields["model_type"] = code.model_type
     return fields
 
@@ -259,12 +267,13 @@ def to_huggingface(
         _copy_tokenizer(folder / "tokenizer", beside)
     if code is not None:
         return "load it with from_pretrained(folder, trust_remote_code=True): its modelling files are in it"
-    return config.export_note
+    return cls.stock_note(config)
 
 
-def from_huggingface(folder: str | Path, out: str | Path) -> None:
+def from_huggingface(folder: str | Path, out: str | Path) -> str | None:
     """Write a Hugging Face folder as a checkpoint of weights, to convert back or to start from
-    (``checkpoint.initialize_from``).  ``out`` must not exist, or be empty."""
+    (``checkpoint.initialize_from``).  ``out`` must not exist, or be empty.  Returns what is peculiar in the folder, if
+    anything."""
     source = HuggingFaceFolder(Path(folder))
     cls, config, heads = source.model()
     tensors = source.logical_tensors(cls, config, heads)
@@ -281,6 +290,7 @@ def from_huggingface(folder: str | Path, out: str | Path) -> None:
         origin = {"config": source.config, "aliases": aliases}
         manifest = ckpt.Manifest(0, config.model_dump(), heads, entries, huggingface=origin)
         manifest.write(beside)
+    return cls.import_note(source.config)
 
 
 def model_of(

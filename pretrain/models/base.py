@@ -226,6 +226,22 @@ class LanguageModel(nn.Module):
         return None
 
     @classmethod
+    def stock_note(cls, config: ModelConfig) -> str | None:
+        """What someone who loads an export in stock classes must know, if anything."""
+        return config.export_note
+
+    @classmethod
+    def stock_fields(cls, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """What configuration fields are where a stock config.json has these: what it means without saying it, or says
+        without meaning it."""
+        return {}
+
+    @classmethod
+    def import_note(cls, fields: Mapping[str, Any]) -> str | None:
+        """What is peculiar in a config.json with these fields, if anything."""
+        return None
+
+    @classmethod
     def huggingface_batch(cls, config: ModelConfig, batch: Batch) -> Batch:
         """Adjust a batch made from plain input_ids and attention_mask to what the Hugging Face class would do."""
         return batch

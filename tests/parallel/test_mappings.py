@@ -12,6 +12,7 @@ from farspan.parallel.mappings import (
     gather_features,
     gather_for_shares,
     gather_sequence,
+    max_over,
     on_sequence_part,
     scatter_features,
     scatter_sequence,
@@ -28,7 +29,7 @@ EACH = random(RANKS, S, B, H, seed=1)  # different on the two ranks: shares, or 
 SUM = EACH.sum(0)
 
 OF_MESH = {f.__name__: f for f in (to_features, from_features, gather_for_shares, gather_sequence, scatter_sequence)}
-OF_AXIS = {f.__name__: f for f in (gather_features, scatter_features, sum_over, copy_to_tensor_region)}
+OF_AXIS = {f.__name__: f for f in (gather_features, scatter_features, sum_over, max_over, copy_to_tensor_region)}
 
 
 def apply(mesh, name, sequence, xs, upstreams):
@@ -68,10 +69,13 @@ CASES = [
     # Each rank has a share of the value.
     ("scatter_features", False, EACH, SUM.chunk(2, -1), FEATURES, both(WHOLE)),
     ("sum_over", False, EACH, both(SUM), EACH, both(SUM)),
+    # The rank with the larger value has all of the gradient; what both have, half each.
+    ("max_over", False, EACH, both(EACH.amax(0)), EACH, SUM * (EACH == EACH.amax(0))),
+    ("max_over", False, both(WHOLE), both(WHOLE), EACH, both(SUM / 2)),
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=[f"{case[0]}{'-sequence' * case[1]}" for case in CASES])
+@pytest.mark.parametrize("case", CASES, ids=[f"{i}-{case[0]}{'-sequence' * case[1]}" for i, case in enumerate(CASES)])
 def test_values_and_gradients(ranks, case):
     name, sequence, xs, results, upstreams, gradients = case
     found = ranks.on_mesh(apply, name, sequence, list(xs), list(upstreams), tensor=RANKS)

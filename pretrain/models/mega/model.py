@@ -101,7 +101,7 @@ class Mega(LanguageModel):
     config_class = MegaConfig
     has_cache = True
     own_code = OwnCode(
-        "mega",
+        tuple(f"mega/{file}_mega.py" for file in ("configuration", "layers", "modeling")),
         "farspan_mega",
         {
             "AutoConfig": "configuration_mega.MegaConfig",
