@@ -96,10 +96,11 @@ def _selection_gap(
     score, order = score.flatten(1).sort(dim=-1, descending=True)
     if budget == score.size(1):
         return math.inf
+    # Blocks without a real query or key add nothing, chosen or not: only exchanging two of them does not matter.
     empty = empty.flatten(1).gather(1, order)
-    # Blocks without a real query or key add nothing, chosen or not.
-    gap = (score[:, budget - 1] - score[:, budget]).masked_fill(empty[:, budget - 1] & empty[:, budget], math.inf)
-    return gap.min().item()
+    last_chosen = score[:, :budget].masked_fill(empty[:, :budget], math.inf).amin(dim=1) - score[:, budget]
+    best_left = score[:, budget - 1] - score[:, budget:].masked_fill(empty[:, budget:], -math.inf).amax(dim=1)
+    return torch.minimum(last_chosen, best_left).min().item()
 
 
 _attention = modeling_mra.mra2_attention
