@@ -128,6 +128,7 @@ class HuggingFaceFolder:
                 second = cls.huggingface_aliases(config, heads).keys() | cls.huggingface_constants(config, heads).keys()
                 self._refuse_unknown(needed | second)
                 self._check_shapes(cls, config, heads)
+                self._prefer_second_names(cls, config, heads)
                 return cls, config, heads
             if closest is None or len(missing) < len(closest):
                 closest = missing
@@ -150,6 +151,13 @@ class HuggingFaceFolder:
                     f"{key} in {self.folder} has shape {self._shapes[key]}, its config.json makes it "
                     f"{tuple(tensor.shape)}: give the config.json that belongs to the weights"
                 )
+
+    def _prefer_second_names(self, cls: type[LanguageModel], config: ModelConfig, heads: tuple[str, ...]) -> None:
+        """Without tied embeddings transformers 5 computes with a bias of the second name, and keeps another of the
+        first, which 4 makes the same."""
+        if not config.tie_word_embeddings:
+            for alias, name in cls.huggingface_aliases(config, heads).items():
+                self._read[name] = self._read.get(alias, self._read[name])
 
     def _refuse_unknown(self, needed: set[str]) -> None:
         unknown = sorted(k for k in self.keys() - needed if not _IGNORED.fullmatch(k))
@@ -215,7 +223,7 @@ def export_config(
     out what every configuration has by default)."""
     fields = dict(source)
     for name, value in config.model_dump().items():
-        missing = value == cls.config_class.model_fields[name].default if source else value is None
+        missing = value == cls.config_class.model_fields[name].default and (source or value is None)
         if name in fields or not missing:
             fields[name] = value
     fields.setdefault("architectures", [cls.huggingface_class(heads, config)])
@@ -253,11 +261,14 @@ def to_huggingface(
     logical = {name: reader.tensor(name, shape) for name, shape in logical_shapes(cls, config, heads).items()}
     if cast is not None:
         logical = {name: value.to(cast) if value.is_floating_point() else value for name, value in logical.items()}
-    tensors = rename(logical, cls.huggingface_keys(config, heads)) | cls.huggingface_constants(config, heads)
-    for alias in _exported_aliases(cls, config, heads, reader.manifest.huggingface):
-        tensors[alias] = tensors[cls.huggingface_aliases(config, heads)[alias]].clone()
+    tensors = rename(logical, cls.huggingface_keys(config, heads))
     kind = next(iter(tensors.values())).dtype
-    origin = reader.manifest.huggingface.get("config", {})
+    imported = reader.manifest.huggingface
+    for alias in _exported_aliases(cls, config, heads, imported):
+        tensors[alias] = tensors[cls.huggingface_aliases(config, heads)[alias]].clone()
+    constants = cls.huggingface_constants(config, heads)
+    tensors |= {name: constants[name] for name in imported.get("constants", constants)}
+    origin = imported.get("config", {})
     with _new_folder(target) as beside:
         ckpt.write_tensors(beside / "model.safetensors", tensors, {"format": "pt"})
         write_json(beside / "config.json", export_config(cls, config, heads, origin, kind, code))
@@ -287,7 +298,8 @@ def from_huggingface(folder: str | Path, out: str | Path) -> str | None:
             (beside / "tokenizer").mkdir()
             _copy_tokenizer(source.folder, beside / "tokenizer")
         aliases = sorted(source.keys() & set(cls.huggingface_aliases(config, heads)))
-        origin = {"config": source.config, "aliases": aliases}
+        constants = sorted(source.keys() & set(cls.huggingface_constants(config, heads)))
+        origin = {"config": source.config, "aliases": aliases, "constants": constants}
         manifest = ckpt.Manifest(0, config.model_dump(), heads, entries, huggingface=origin)
         manifest.write(beside)
     return cls.import_note(source.config)

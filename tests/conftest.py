@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.register_assert_rewrite("architecture_suite", "comparison", "models", "reference_suite", "runs")
+pytest.register_assert_rewrite("architecture_suite", "comparison", "encoder_suite", "models", "reference_suite", "runs")
 
 from forking import ForkServer  # noqa: E402
 from ranks import Ranks  # noqa: E402

@@ -143,10 +143,10 @@ REFUSED: list[tuple[list[str], str]] = [
      "training.steps = 0: must be greater than 0 (and 2 more problems)"),
     # The model.
     (["model.model_type=bert"],
-     "model.model_type 'bert' is unknown: choose one of mega, megatron-bert, roberta-prelayernorm"),
+     "model.model_type 'bert' is unknown: choose one of mega, megatron-bert, mra, nystromformer, roberta-prelayernorm"),
     (["model={hidden_size: 3}"],
-     "model.model_type is missing: set it to one of mega, megatron-bert, roberta-prelayernorm"),
-    (["model.model_type=[]"], "model.model_type is []: set it to one of mega, megatron-bert, roberta-prelayernorm"),
+     "model.model_type is missing: set it to one of mega, megatron-bert, mra, nystromformer, roberta-prelayernorm"),
+    (["model.model_type=[]"], "model.model_type is []: set it to one of mega, megatron-bert, mra, nystromformer, roberta-prelayernorm"),
     (["model.hidden_size=65"],
      "model.hidden_size 65 does not divide by num_attention_heads 4: set one to fit the other"),
     (["model.hidden_act=gelo"], f"model.hidden_act 'gelo' is unknown: choose one of {', '.join(ACTIVATIONS)}"),

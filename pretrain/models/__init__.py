@@ -5,6 +5,7 @@ from __future__ import annotations
 from .base import LanguageModel
 from .mega import Mega
 from .megatron_bert import MegatronBert
+from .mra import Mra
 from .nystromformer import Nystromformer
 from .roberta_prelayernorm import RobertaPreLayerNorm
 
@@ -13,6 +14,7 @@ ARCHITECTURES: dict[str, type[LanguageModel]] = {
     for model in (
         Mega,
         MegatronBert,
+        Mra,
         Nystromformer,
         RobertaPreLayerNorm,
     )

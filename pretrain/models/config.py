@@ -67,6 +67,11 @@ class ModelConfig(BaseModel):
         return False
 
     @property
+    def mixes_rows(self) -> bool:
+        """Whether what a row gives depends on the other rows of its microbatch."""
+        return self.has_running_statistics
+
+    @property
     def has_running_statistics(self) -> bool:
         """Whether a norm keeps running statistics of the training data."""
         return False

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
 from ...kernels.mra import BLOCK, block_budget, mra_attention
 from ...parallel.mesh import Mesh
-from .approximate import ApproximateAttention, ApproximateConfig, ApproximateModel, encoder_code
+from .approximate import FIRST_POSITION, ApproximateAttention, ApproximateConfig, ApproximateModel, encoder_code
 from .config import ModelConfig
 from .transformer import transformer_flops_per_row
 
@@ -63,6 +64,13 @@ class Mra(ApproximateModel):
         return MraAttention(self.config, self.mesh, index)
 
     @classmethod
+    def huggingface_constants(cls, config: ModelConfig, heads: tuple[str, ...]) -> dict[str, Tensor]:
+        """The released model registers the rows of its position table."""
+        assert isinstance(config, MraConfig)
+        rows = torch.arange(FIRST_POSITION, config.position_rows).unsqueeze(0)
+        return {f"{cls.name}.embeddings.position_ids" if heads else "embeddings.position_ids": rows}
+
+    @classmethod
     def stock_difference(cls, config: ModelConfig) -> str | None:
         assert isinstance(config, MraConfig)
         if not config.padding_counts:
@@ -84,8 +92,10 @@ class Mra(ApproximateModel):
         assert isinstance(config, MraConfig)
         h, blocks = config.hidden_size, -(-length // BLOCK)
         selected = min(blocks * config.block_per_row, blocks**2)
-        attention = 4 * selected * BLOCK**2 * h
-        if selected < blocks**2:
+        if selected == blocks**2:
+            attention = 4 * length * length * h
+        else:
+            attention = 4 * selected * BLOCK**2 * h
             # The sparse mode's means only choose: no gradient goes through them.
             attention += 4 * blocks**2 * h if config.approx_mode == "full" else 2 / 3 * blocks**2 * h
         return transformer_flops_per_row(config, length, predictions, attention=attention)

@@ -59,6 +59,10 @@ class NystromformerConfig(ApproximateConfig):
         """Whether attention is the softmax itself."""
         return self.num_landmarks == self.segment_means_seq_len
 
+    @property
+    def mixes_rows(self) -> bool:
+        return not (self.inv_coeff_init_option or self.exact)
+
 
 class NystromAttention(ApproximateAttention):
     """Attention through landmarks, and a convolution of the values over positions, one kernel a head (section 3.4)."""
@@ -87,7 +91,7 @@ class NystromAttention(ApproximateAttention):
     def _shared_start(self, parts: list[tuple[Tensor, Tensor, Tensor, Tensor | None]]) -> Tensor | None:
         """What the pseudo-inverse of every document and head begins with, as released."""
         c = self.config
-        if c.inv_coeff_init_option or c.exact:
+        if not c.mixes_rows:
             return None
         largest = [
             largest_column_sum(q, k, mask=mask, landmarks=c.num_landmarks, padding_counts=c.padding_counts)
@@ -122,8 +126,10 @@ class Nystromformer(ApproximateModel):
         landmarks, length = fields.get("num_landmarks"), fields.get("segment_means_seq_len")
         if not _swapped(landmarks, length):
             return None
-        return f"num_landmarks {landmarks} and segment_means_seq_len {length} are swapped in its config.json: read as "
-        f"{length} landmarks of rows of {landmarks} tokens"
+        return (
+            f"num_landmarks {landmarks} and segment_means_seq_len {length} are swapped in its config.json: read as "
+            f"{length} landmarks of rows of {landmarks} tokens"
+        )
 
     @classmethod
     def stock_difference(cls, config: ModelConfig) -> str | None:

@@ -70,7 +70,7 @@ CASES = [
     ("scatter_features", False, EACH, SUM.chunk(2, -1), FEATURES, both(WHOLE)),
     ("sum_over", False, EACH, both(SUM), EACH, both(SUM)),
     # The rank with the larger value has all of the gradient; what both have, half each.
-    ("max_over", False, EACH, both(EACH.amax(0)), EACH, SUM * (EACH == EACH.amax(0))),
+    ("max_over", False, EACH, both(EACH.amax(0)), EACH, SUM * (EACH.amax(0) == EACH)),
     ("max_over", False, both(WHOLE), both(WHOLE), EACH, both(SUM / 2)),
 ]
 

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from comparison import FLOPS, assert_all_close, assert_close, assert_differs, assert_identical, merge
-from models import Description, Result, counts_of, dropout_key, loss_of, make_batch, save_weights, training_pass
+from models import LENGTH, Description, Result, counts_of, dropout_key, loss_of, save_weights, training_pass
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -29,7 +29,7 @@ from farspan.kernels.dropout import DropoutKey
 from farspan.parallel.mesh import Mesh
 from farspan.parallel.sharding import initialize, logical_of
 from farspan.pretrain import checkpoint as ckpt
-from farspan.pretrain.batch import microbatches
+from farspan.pretrain.batch import Batch, microbatches
 from farspan.pretrain.huggingface import to_huggingface
 from farspan.pretrain.losses import LossFunction
 from farspan.pretrain.models.base import LanguageModel, Stage
@@ -66,11 +66,10 @@ def tensor_passes(
     initialize(model, seed=8, axis=mesh.tensor)
     initial = {name: (logical_of(p), p.detach().clone()) for name, p in model.named_parameters()}
     model = described.filled(mesh)
-    return initial, [run_case(model, attention, dropping) for attention, dropping in cases]
+    return initial, [run_case(model, described.batch(attention), dropping) for attention, dropping in cases]
 
 
-def run_case(model: LanguageModel, attention: Any, dropping: bool) -> Result:
-    batch = make_batch(model.config, attention)
+def run_case(model: LanguageModel, batch: Batch, dropping: bool) -> Result:
     return training_pass(model, batch, dropout_key(batch) if dropping else None)
 
 
@@ -87,6 +86,7 @@ class ArchitectureSuite:
     variants: ClassVar[dict[str, dict[str, Any]]]
     compared_rows: ClassVar[AttentionKind] = "padding"  # rows that transformers computes as Farspan does
     dtype: ClassVar[torch.dtype] = torch.float32  # float64 where gradients are sums that cancel
+    length: ClassVar[int] = LENGTH  # of the rows
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         if "variant" in metafunc.fixturenames:
@@ -98,7 +98,7 @@ class ArchitectureSuite:
             yield
 
     def described(self, variant: str, **fields: Any) -> Description:
-        return Description(self.model_type, self.variants[variant] | fields, self.dtype)
+        return Description(self.model_type, self.variants[variant] | fields, self.dtype, self.length)
 
     # Against the public model classes.
 
@@ -107,7 +107,7 @@ class ArchitectureSuite:
         ours = described.filled(mesh).eval()
         saved = save_weights(ours, mesh, tmp_path, ckpt.Manifest(1, described.config.model_dump(), described.heads, {}))
         to_huggingface(saved, tmp_path / "hf")
-        batch = make_batch(described.config, self.compared_rows)
+        batch = described.batch(self.compared_rows)
         mask = (batch.document_ids > 0).long()
         inputs = {"input_ids": batch.input_ids, "attention_mask": mask, "token_type_ids": batch.token_type_ids}
         name = ours.huggingface_class(described.heads, described.config)
@@ -172,12 +172,12 @@ class ArchitectureSuite:
     def test_dropout_masks_are_keyed_by_step_and_sample(self, variant: str) -> None:
         described = self.described(variant)
         model = described.filled(Mesh.solo())
-        batch = make_batch(described.config, "full")
+        batch = described.batch("full")
         losses = model(batch, dropout=dropout_key(batch))["lm_losses"]
         assert_differs(model(batch, dropout=dropout_key(batch, step=12))["lm_losses"], losses, "another step")
         moved = dataclasses.replace(batch, sample_ids=batch.sample_ids + 1)
         assert_differs(model(moved, dropout=dropout_key(moved))["lm_losses"], losses, "another sample")
-        if described.config.has_running_statistics:  # each microbatch has its own
+        if described.config.mixes_rows:  # each microbatch has its own
             return
         halves = [model(half, dropout=dropout_key(half))["lm_losses"] for half in batch.split(2)]
         assert_close(torch.cat(halves), losses, "microbatches of another size")
@@ -186,7 +186,7 @@ class ArchitectureSuite:
         """Over all layers, places in a layer, heads, positions and samples of a step."""
         described = self.described(variant)
         model = described.filled(Mesh.solo())
-        batch = make_batch(described.config, "full")
+        batch = described.batch("full")
         rows, used = DropoutKey.rows, []
 
         def recorded(self: DropoutKey, stream: int, positions: torch.Tensor) -> torch.Tensor:
@@ -204,7 +204,7 @@ class ArchitectureSuite:
     def test_unpadded_equals_padded(self, variant: str, dropping: bool) -> None:
         """All rows in one without padding: the same losses, gradients and dropout masks."""
         described = self.described(variant)
-        batch = make_batch(described.config, "padding")
+        batch = described.batch("padding")
         (joined,), shape = microbatches(batch, batch.rows, multiple=8, equal=False)
         real = int((batch.document_ids > 0).sum())
         assert shape == (1, joined.input_ids.shape[1]) and 0 <= shape[1] - real < 8
@@ -223,7 +223,7 @@ class ArchitectureSuite:
     def test_recomputation_changes_nothing(self, variant: str) -> None:
         """Whole layers or the core of attention computed again: the same gradients, from less that is kept."""
         described = self.described(variant)
-        batch = make_batch(described.config, "document")
+        batch = described.batch("document")
         kept, gradients = {}, {}
         for kind in ("none", "selective", "full"):
             model, saved = described.filled(Mesh.solo()), []
@@ -245,7 +245,7 @@ class ArchitectureSuite:
     def test_stages_equal_whole(self, variant: str) -> None:
         described = self.described(variant)
         config, mesh = described.config, Mesh.solo()
-        batch = make_batch(config, "document")
+        batch = described.batch("document")
         key = dropout_key(batch)
         whole = training_pass(described.filled(mesh), batch, key)
         stages = [described.filled(mesh, Stage.of(config, rank, 2)) for rank in range(2)]
@@ -272,7 +272,7 @@ class ArchitectureSuite:
     def test_flops_of_a_training_step(self, variant: str) -> None:
         described = self.described(variant, vocab_size=512, hidden_size=64, intermediate_size=192)
         model = described.filled(Mesh.solo())
-        batch = make_batch(described.config, "full")
+        batch = described.batch("full")
         predictions = batch.labels.shape[1]
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             loss_of(model, model(batch), batch).backward()

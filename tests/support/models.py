@@ -44,11 +44,14 @@ class Description:
     model_type: str
     fields: dict[str, Any]
     dtype: torch.dtype = torch.float32
+    length: int = LENGTH  # of the rows of its batches
 
     @property
     def config(self) -> ModelConfig:
         kind = architecture(self.model_type).config_class
-        return kind(**{name: value for name, value in TINY.items() if name in kind.model_fields} | self.fields)
+        # Where no dropout of the weights is the default, there is none.
+        tiny = {n: v for n, v in TINY.items() if n in kind.model_fields and kind.model_fields[n].default != 0.0}
+        return kind(**tiny | {n: TINY[n] for n in ("vocab_size",)} | self.fields)
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -62,6 +65,9 @@ class Description:
         model = self.build(mesh, stage)
         fill(model, mesh.tensor)
         return model.to(self.dtype)
+
+    def batch(self, attention: AttentionKind) -> Batch:
+        return make_batch(self.config, attention, length=self.length)
 
 
 @torch.no_grad()
@@ -91,7 +97,7 @@ def make_batch(config: ModelConfig, attention: AttentionKind, *, rows: int = 4, 
     elif attention == "document":
         starts = torch.zeros(rows, length, dtype=torch.bool)
         for row in range(rows):
-            starts[row, [0, 3 + row, 9 + row]] = True
+            starts[row, torch.tensor([0, 3 + row, 9 + row]) * length // 16] = True
         documents = starts.long().cumsum(1)
         positions = index - torch.where(starts, index, 0).cummax(1).values
     if config.pad_token_id is not None:

@@ -77,7 +77,9 @@ class ReferenceSuite(ArchitectureSuite):
         assert_close(output.loss, expected["loss"], "loss")
         if "seq_relationship_logits" in expected:
             assert_close(output.seq_relationship_logits, expected["seq_relationship_logits"], "sentence logits")
+        aliases = model.network.huggingface_aliases(model.config, model.network.heads)
         gradients = {name.removeprefix("grad."): g for name, g in expected.items() if name.startswith("grad.")}
+        gradients = {aliases.get(name, name): g for name, g in gradients.items()}
         scale = lambda name: next((name.replace(a, b) for a, b in NEIGHBOURS.items() if a in name), name)  # noqa: E731
         assert_all_close(*map(_numbers_together, (model.huggingface_gradients(), gradients)), "gradient of", scale)
         for name, gradient in gradients.items():
@@ -113,8 +115,9 @@ class ReferenceSuite(ArchitectureSuite):
 
     def test_conversion_through_shards(self, ranks: Any, golden: Path, tmp_path: Path) -> None:
         from_huggingface(golden, tmp_path / "checkpoint")
-        layouts = [{"tensor": 2}]
-        if json.loads((golden / "config.json").read_text())["num_hidden_layers"] > 1:
+        config = json.loads((golden / "config.json").read_text())
+        layouts = [] if config.get("num_attention_heads", 2) % 2 else [{"tensor": 2}]
+        if config["num_hidden_layers"] > 1:
             layouts.append({"pipeline": 2})
         for layout in layouts:
             root = tmp_path / next(iter(layout))
