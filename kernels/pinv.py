@@ -15,7 +15,7 @@ def column_maximum(a: Tensor) -> Tensor:
 
 def iterative_pinv(a: Tensor, start: Tensor, iterations: int = 6) -> Tensor:
     """Z ← ¼ Z (13I − AZ (15I − AZ (7I − AZ))) from Z = Aᵀ / start, which comes to A's pseudo-inverse where start is at
-    least ‖A‖₁ ‖A‖∞.
+    least ‖A‖₁ ‖A‖∞ (how near six iterations are depends on A's condition: 1e-7 at 7, nowhere at 500).
 
     a: [..., m, m]; rows and columns that are zero are zero in the result too, transposed.  start: broadcasts with [...,
     1, 1]; 0, the ``column_maximum`` of a matrix of zeros, counts as 1 → [..., m, m], computed and given in float32 at
