@@ -5,7 +5,7 @@ of the others each is one logit, that of the means of its queries and keys, whic
 l_ij = q̂_i · k̂_j / √d of means over the n_i and n_j real tokens of two blocks:
 
     selected: the budget's highest l_ij − max_j l_ij of the whole matrix, blocks under a prior first,
-    y_t = (Σ_selected exp(q_t · k_u / √d) v_u + Σ_others n_j exp(l_ij) v̂_j) / (Σ_selected exp(…) + Σ_others n_j exp(l_ij)).
+    y_t = (Σ_selected exp(q_t · k_u / √d) v_u + Σ_others n_j exp(l_ij) v̂_j) / (Σ_selected exp(…) + Σ_others n_j exp(…)).
 
 "sparse" leaves the others out.  No gradient goes through the selection.  Sums are relative to the highest exponent of a
 query, over real keys alone, and 1e-6 is added to the one below; means divide by n + 1e-6 (both as the released code).
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .blocks import blocks
 from .reference import reference
-from .selection import BLOCK
+from .selection import BLOCK, Options
 
 __all__ = ["BLOCK", "DEFAULT", "Form", "block_budget", "mra_attention"]
 
@@ -54,8 +54,8 @@ def mra_attention(
     """MRA-2 attention of every row and head by itself.  Differentiable in q, k and v, once.
 
     q, k: [n, h, l, d]; v: [n, h, l, e]; any length and sizes.  mask: [n, l] bool, True for real tokens, in any pattern.
-    budget: selected blocks of each of the n · h matrices of blocks (``block_budget``; all of them where it is more: then
-    the result is softmax(q kᵀ / √d) v over real keys, computed as such).
+    budget: selected blocks of each of the n · h matrices of blocks (``block_budget``).  With all of them, or more, the
+    result is softmax(q kᵀ / √d) v over real keys, and on a CPU computed as such.
     sparse: selected blocks only.  first_blocks: as many first rows and columns of blocks are selected before others,
     diagonal_blocks: and blocks up to half as many (rounded down) from the diagonal; 0: no such prior.
     Returns [n, h, l, e] in q's dtype, computed in float32 at least, zeros at padding.  The same bits in every run.
@@ -67,11 +67,8 @@ def mra_attention(
     chosen = form or DEFAULT
     if chosen is None and budget >= nb * nb and q.shape[3] == v.shape[3] and q.device.type == "cpu":
         return _softmax(q, k, v, mask)
-    options = {
-        "budget": min(budget, nb * nb), "sparse": sparse, "first_blocks": first_blocks,
-        "diagonal_blocks": diagonal_blocks,
-    }  # fmt: skip
-    return {"reference": reference, "blocks": blocks}[chosen or "blocks"](q, k, v, mask, **options)
+    options = Options(min(budget, nb * nb), sparse, first_blocks, diagonal_blocks)
+    return {"reference": reference, "blocks": blocks}[chosen or "blocks"](q, k, v, mask, options)
 
 
 def _softmax(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -96,8 +93,8 @@ def _check(
         )
     if mask is not None and (mask.shape != (q.shape[0], q.shape[2]) or mask.dtype != torch.bool):
         raise ValueError(
-            f"mask {tuple(mask.shape)} of {mask.dtype} for q {tuple(q.shape)}: give [n, l] of torch.bool, True for real "
-            "tokens"
+            f"mask {tuple(mask.shape)} of {mask.dtype} for q {tuple(q.shape)}: give [n, l] of torch.bool, True where a "
+            "token is real"
         )
     if budget < 1:
         raise ValueError(f"budget {budget}: select 1 block or more of each matrix, or use block_budget(length, 1)")

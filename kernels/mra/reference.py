@@ -6,13 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .selection import BLOCK, EPSILON, Selection, block_means, low_resolution_logits
+from .selection import BLOCK, EPSILON, Options, Selection, block_means, low_resolution_logits
 
 
-def reference(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, budget: int, sparse: bool, first_blocks: int,
-    diagonal_blocks: int,
-) -> Tensor:  # fmt: skip
+def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Options) -> Tensor:
     """As ``mra_attention``, differentiated by autograd."""
     (n, h, l, d), dtype = q.shape, q.dtype
     nb = -(-l // BLOCK)
@@ -25,13 +22,7 @@ def reference(
     means = [block_means(x.reshape(n * h, nb, BLOCK, -1), counts.reshape(n * h, nb)) for x in (q, k, v)]
     coarse = low_resolution_logits(means[0], means[1])
     with torch.no_grad():
-        selection = Selection.of(
-            coarse.clone(),
-            counts.reshape(n * h, nb),
-            budget,
-            first_blocks=first_blocks,
-            diagonal_blocks=diagonal_blocks,
-        )
+        selection = Selection.of(coarse.clone(), counts.reshape(n * h, nb), options)
         chosen = torch.zeros(n * h, nb * nb, dtype=torch.bool, device=q.device)
         chosen = chosen.scatter_(1, selection.indices, True).view(n, h, nb, nb)
     coarse, v_mean = coarse.to(q.dtype).view(n, h, nb, nb), means[2].to(q.dtype).view(n, h, nb, -1)
@@ -39,7 +30,7 @@ def reference(
     # The scores of keys in selected blocks and, of the others, one for each block, with what they count.
     seen = chosen.repeat_interleave(BLOCK, 2).repeat_interleave(BLOCK, 3) & real.mT
     fine = (q @ k.mT).masked_fill(~seen, -torch.inf)
-    rest = ~chosen & (counts > 0).unsqueeze(2) & (not sparse)
+    rest = ~chosen & (counts > 0).unsqueeze(2) & (not options.sparse)
     coarse = coarse.masked_fill(~rest, -torch.inf).repeat_interleave(BLOCK, 2)
     scores = torch.cat((fine, coarse), 3)
     number = torch.cat((real.mT.expand(n, h, 1, -1), counts.unsqueeze(2)), 3)

@@ -8,6 +8,7 @@ the batch, nor the +5000 of a prior (which would leave float32 a resolution of 5
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,15 @@ BLOCK = 32
 # Of the released code, and so of models that were trained with it: what real tokens of a block are counted with before
 # a division, what an empty block's logits lose, and what blocks under a prior gain.
 EPSILON, EMPTY, PRIOR = 1e-6, 1e4, 5e3
+
+
+class Options(NamedTuple):
+    """Those of ``mra_attention``."""
+
+    budget: int  # at most nb²
+    sparse: bool
+    first_blocks: int
+    diagonal_blocks: int
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,21 +48,19 @@ class Selection:
         return rows.view(self.columns.shape) * nb + self.columns
 
     @staticmethod
-    def of(logits: Tensor, counts: Tensor, budget: int, *, first_blocks: int, diagonal_blocks: int) -> Selection:
-        """The ``budget`` highest of each matrix; of equal ones those with the lower row, then the lower column.
+    def of(logits: Tensor, counts: Tensor, options: Options) -> Selection:
+        """The highest scores of each matrix; of equal ones those with the lower row, then the lower column.
 
         logits: [m, nb, nb] float64 of ``low_resolution_logits``, overwritten; counts: [m, nb] real tokens.
-        diagonal_blocks: the band |i − j| ≤ diagonal_blocks // 2 comes first (0: none); first_blocks: so do as many first
-        rows, and then columns.
         """
-        nb = logits.shape[-1]
+        nb, budget, first = logits.shape[-1], options.budget, options.first_blocks
         scores = logits.sub_(logits.amax(-1, keepdim=True))
         scores.sub_(((counts.unsqueeze(2) == 0) | (counts.unsqueeze(1) == 0)) * EMPTY)
-        if diagonal_blocks:
+        if options.diagonal_blocks:
             block = torch.arange(nb, device=scores.device)
-            scores.add_(((block.unsqueeze(1) - block).abs() <= diagonal_blocks // 2) * PRIOR)
-        scores[:, :first_blocks] += PRIOR
-        scores[:, :, :first_blocks] += PRIOR
+            scores.add_(((block.unsqueeze(1) - block).abs() <= options.diagonal_blocks // 2) * PRIOR)
+        scores[:, :first] += PRIOR
+        scores[:, :, :first] += PRIOR
         scores = scores.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).flatten(1)
         if budget >= nb * nb:
             chosen = torch.ones_like(scores, dtype=torch.bool)
