@@ -82,7 +82,8 @@ class Trainer:
         prepare = ["prepare", str(folder / "data"), "--input", str(text), "--vocab-size", "1000", "--processes", "1"]
         if run_ranks(prepare, 1):
             raise SystemExit("the text could not be prepared")
-        (folder / "run.yaml").write_text(f"model: {MODELS[model]}\n{RECIPE}")
+        data = f"data: {{folder: set on the command line, sequence_length: {LENGTHS.get(model, 64)}}}\n"
+        (folder / "run.yaml").write_text(f"model: {MODELS[model]}\n{data}{RECIPE}")
 
     def __call__(self, name: str, overrides: dict[str, Any]) -> Steps:
         run_dir = self.folder / name.replace(" ", "-")
@@ -99,16 +100,22 @@ _MEGA = (
     "model_type: mega, hidden_size: 64, num_hidden_layers: 4, intermediate_size: 128, nffn_hidden_size: 128, "
     "shared_representation_size: 32, ema_projection_size: 8"
 )
+_ENCODER = (
+    "hidden_size: 64, num_hidden_layers: 4, num_attention_heads: 4, intermediate_size: 128, "
+    "max_position_embeddings: 512"
+)
 MODELS = {
     "roberta-prelayernorm": "{model_type: roberta-prelayernorm, hidden_size: 64, num_hidden_layers: 4, "
     "num_attention_heads: 4, intermediate_size: 128, max_position_embeddings: 66}",
     "mega": f"{{{_MEGA}}}",
     "mega-chunked": f"{{{_MEGA}, use_chunking: true, chunk_size: 16, attention_activation: laplace, "
     "relative_positional_bias: simple, use_feature_dropout: true, normalization_type: layernorm}",
+    "mra": f"{{model_type: mra, {_ENCODER}, block_per_row: 2}}",
+    "nystromformer": f"{{model_type: nystromformer, {_ENCODER}, num_landmarks: 16, conv_kernel_size: 9}}",
 }
+LENGTHS = {"mra": 256, "nystromformer": 256}  # of rows: several blocks, several tokens a landmark
 RECIPE = """\
 run_dir: set on the command line
-data: {folder: set on the command line, sequence_length: 64}
 training: {global_batch_size: 16, micro_batch_size: 4}
 optimizer: {lr: 1.0e-3}
 schedule: {name: linear}
@@ -157,7 +164,8 @@ def main() -> int:
         f"{arguments.steps} steps of one run in every layout, dropout 0.1, MLM on real text in packed rows; the loss",
         "and gradient norm of every step against the single rank's (largest relative difference). TP: tensor ranks,",
         "SP: sequence parallelism, PP: pipeline ranks, DP: replicas. gloo, on a CPU.",
-        f"`python benchmarks/layouts.py --model {arguments.model}`, model: `{MODELS[arguments.model]}`.",
+        f"`python benchmarks/layouts.py --model {arguments.model}`, model: `{MODELS[arguments.model]}`,",
+        f"rows of {LENGTHS.get(arguments.model, 64)} tokens.",
         "",
         *bullets(about("torch", "megatron-core", "deepspeed")),
     ]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from comparison import BFLOAT16, RELATIVE, assert_all_close, difference
-from runs import MEGA, Run, ranks_of, settings, train_here
+from runs import MEGA, MRA, NYSTROMFORMER, Run, ranks_of, settings, train_here
 
 from farspan.benchmarks.layouts import LAYOUTS
 from farspan.benchmarks.layouts import worst as worst_steps
@@ -51,6 +51,10 @@ KINDS = {
     ),
     "mega, causal": (CLM | {"model": MEGA | {"bidirectional": False, "truncation": 6}} | BY_FEATURE, 1),
     "mega, batch norm": ({"model": MEGA | {"normalization_type": "batchnorm"}}, 2),
+    "mra": ({"model": MRA | {"hidden_dropout_prob": 0.1}, "data.sequence_length": 160}, 3),
+    "mra, padded": ({"model": MRA | {"approx_mode": "sparse"}, "data.sequence_length": 96} | PADDED, 1),
+    "nystromformer": ({"model": NYSTROMFORMER | {"hidden_dropout_prob": 0.1}}, 3),
+    "nystromformer, padded": ({"model": NYSTROMFORMER} | PADDED | {"training.recompute": "selective"}, 2),
     "batch ramp": (DROPOUT | {"training.batch_ramp": {"start": 4, "increment": 4, "samples": 15}}, 1),
 }
 

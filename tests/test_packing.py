@@ -20,7 +20,10 @@ from farspan.pretrain.models.base import LanguageModel, Stage
 LENGTH = 24
 # Of the documents in each packed row; the fourth has padding.
 LENGTHS = [[24], [1, 23], [10, 9, 5], [7, 8], [24], [13, 10, 1]]
+# Where a block or a segment is more than a token, rows are longer by so much.
+LONGER = {"mra": 9, "nystromformer": 2}
 POSITIONS = {"max_position_embeddings": LENGTH + 2}
+MANY_POSITIONS = {"max_position_embeddings": LENGTH * max(LONGER.values())}
 BERT = {
     "plain": POSITIONS,
     "causal": POSITIONS | {"is_decoder": True, "tie_word_embeddings": False},
@@ -35,12 +38,28 @@ MEGA = {
     "causal, chunked": CAUSAL | {"attention_activation": "relu2", "use_chunking": True, "chunk_size": 7},
     "causal, softmax, truncated": CAUSAL | {"use_chunking": True, "chunk_size": 8, "truncation": 5},
 }
+MRA = {
+    "full": MANY_POSITIONS | {"block_per_row": 2},
+    "sparse, priors": MANY_POSITIONS
+    | {
+        "block_per_row": 1,
+        "approx_mode": "sparse",
+        "initial_prior_first_n_blocks": 1,
+        "initial_prior_diagonal_n_blocks": 2,
+    },
+}
+NYSTROMFORMER = {
+    "plain": MANY_POSITIONS | {"num_landmarks": 6, "conv_kernel_size": 5},
+    "exact": MANY_POSITIONS | {"num_landmarks": 6, "segment_means_seq_len": 6, "conv_kernel_size": None},
+}
 CASES = {
     (model_type, name): Description(model_type, fields, dtype)
     for model_type, variants, dtype in (
         ("megatron-bert", BERT, torch.float32),
         ("roberta-prelayernorm", BERT, torch.float32),
         ("mega", MEGA, torch.float64),  # gradients of its small parameters are sums that cancel
+        ("mra", MRA, torch.float32),
+        ("nystromformer", NYSTROMFORMER, torch.float32),
     )
     for name, fields in variants.items()
 }
@@ -59,7 +78,8 @@ class Document:
     labels: Tensor
 
 
-def documents(vocab_size: int) -> list[list[Document]]:
+def documents(described: Description) -> list[list[Document]]:
+    generator, vocab_size, times = torch.Generator().manual_seed(4), described.config.vocab_size, longer(described)
     generator = torch.Generator().manual_seed(4)
 
     def document(length: int) -> Document:
@@ -68,17 +88,22 @@ def documents(vocab_size: int) -> list[list[Document]]:
         predicted = torch.randperm(length, generator=generator)[: length * (length % 4) // 8].sort().values
         return Document(ids, predicted, torch.randint(3, vocab_size, (len(predicted),), generator=generator))
 
-    return [[document(length) for length in row] for row in LENGTHS]
+    return [[document(length * times) for length in row] for row in LENGTHS]
 
 
-def batch_of(rows: list[list[Document]], config, attention) -> Batch:
+def longer(described: Description) -> int:
+    return LONGER.get(described.model_type, 1)
+
+
+def batch_of(rows: list[list[Document]], described: Description, attention) -> Batch:
     """Rows of documents end to end, padding after them."""
+    config, s = described.config, LENGTH * longer(described)
     b, p = len(rows), max(sum(len(d.predicted) for d in row) for row in rows)
-    zeros = torch.zeros(b, LENGTH, dtype=torch.int64)
+    zeros = torch.zeros(b, s, dtype=torch.int64)
     ids, numbers, positions = zeros + (config.pad_token_id or 0), zeros.clone(), zeros.clone()
     places, labels = torch.zeros(b, p, dtype=torch.int64), torch.zeros(b, p, dtype=torch.int64)
     weights = torch.zeros(b, p)
-    causal_labels, causal_weights = zeros.clone(), torch.zeros(b, LENGTH)
+    causal_labels, causal_weights = zeros.clone(), torch.zeros(b, s)
     for r, row in enumerate(rows):
         start = used = 0
         for number, d in enumerate(row, 1):
@@ -121,9 +146,9 @@ def loss_and_gradients(model: LanguageModel, parts: list[Batch], counts: Counts)
 
 @pytest.mark.parametrize("described", CASES.values(), ids=map(" ".join, CASES))
 def test_packed_padded_and_joined_are_one(described):
-    model, rows = model_of(described), documents(described.config.vocab_size)
-    packed = batch_of(rows, described.config, "document")
-    padded = batch_of(in_rows_of_one(rows), described.config, "padding")
+    model, rows = model_of(described), documents(described)
+    packed = batch_of(rows, described, "document")
+    padded = batch_of(in_rows_of_one(rows), described, "padding")
     counts = counts_of(packed)
     assert (counts.predictions, counts.tokens) == (counts_of(padded).predictions, counts_of(padded).tokens)
     wanted = loss_and_gradients(model, [packed], counts)
@@ -143,8 +168,8 @@ def test_packed_padded_and_joined_are_one(described):
 
 @pytest.mark.parametrize("described", CASES.values(), ids=map(" ".join, CASES))
 def test_neighbours_do_not_matter(described):
-    model, rows = model_of(described), documents(described.config.vocab_size)
-    batch = batch_of(rows, described.config, "document")
+    model, rows = model_of(described), documents(described)
+    batch = batch_of(rows, described, "document")
     row, number = 2, 2  # the document in the middle of three
     own = batch.document_ids[row] == number
     changed_ids = torch.where(own, batch.input_ids[row], batch.input_ids[row].flip(0))

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 from architecture_suite import COMMON
@@ -18,7 +19,7 @@ BLOCKS = {"max_position_embeddings": 208, "block_per_row": 2}
 class TestMra(EncoderSuite):
     model_type = "mra"
     length = 208  # six and a half blocks
-    variants = {
+    variants: ClassVar[dict[str, dict[str, Any]]] = {
         "plain": BLOCKS,
         "sparse-untied": BLOCKS | COMMON["untied"] | {"approx_mode": "sparse", "hidden_act": "silu"},
         "priors": BLOCKS | {"initial_prior_first_n_blocks": 1, "initial_prior_diagonal_n_blocks": 3, "vocab_size": 256},

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ LANDMARKS = {"num_landmarks": 4, "segment_means_seq_len": 16, "conv_kernel_size"
 
 class TestNystromformer(EncoderSuite):
     model_type = "nystromformer"
-    variants = {
+    variants: ClassVar[dict[str, dict[str, Any]]] = {
         "plain": LANDMARKS,
         "untied": LANDMARKS | COMMON["untied"] | {"num_landmarks": 3, "hidden_act": "silu"},
         "no-convolution": LANDMARKS | {"conv_kernel_size": None, "num_landmarks": 5, "vocab_size": 256},

@@ -34,6 +34,13 @@ MEGA = {
     "shared_representation_size": 16,
     "ema_projection_size": 4,
 }
+MRA = {name: value for name, value in MODEL.items() if name != "max_position_embeddings"} | {
+    "model_type": "mra",
+    "max_position_embeddings": 160,
+    "block_per_row": 1,
+}
+NYSTROMFORMER = MRA | {"model_type": "nystromformer", "num_landmarks": 4, "conv_kernel_size": 5}
+del NYSTROMFORMER["block_per_row"]
 
 
 def prepare_text(folder: Path) -> Path:
