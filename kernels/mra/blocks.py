@@ -258,7 +258,7 @@ def _differentiate(
     given.empty_to(of_k, of_v)
     gradients = rows.scatter(of_q), of_k, of_v
     if coarse is not None:
-        size = (matrices.counts + EPSILON).to(q.dtype).unsqueeze(2)
+        size = (matrices.counts.double() + EPSILON).to(q.dtype).unsqueeze(2)
         for gradient, of_mean in zip(gradients, _differentiate_coarse(coarse, of_y, delta, lse), strict=True):
             gradient += (of_mean / size).flatten(0, 1).unsqueeze(1)
     gradients[0].mul_(d**-0.5)
@@ -287,9 +287,8 @@ class _Given:
     @staticmethod
     def of(matrices: _Matrices, selection: Selection) -> _Given:
         k, v = matrices.k, matrices.v
-        room = min(
-            selection.columns.numel(), max(GIVEN // (BLOCK * (k.shape[2] + v.shape[2])), selection.counts.shape[1])
-        )
+        pieces = max(GIVEN, PIECE) // (BLOCK * (k.shape[2] + v.shape[2]))
+        room = min(selection.columns.numel(), max(pieces, selection.counts.shape[1]))
         columns = selection.columns.new_empty(room)
         return _Given(k.new_empty(room, *k.shape[1:]), v.new_empty(room, *v.shape[1:]), columns)
 

@@ -19,13 +19,13 @@ def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Opt
     q, k, v = (F.pad(x, (0, 0, 0, nb * BLOCK - l)).masked_fill(~real, 0) for x in (q * d**-0.5, k, v))
 
     counts = real.view(n, 1, nb, BLOCK).sum(3).expand(n, h, nb)
-    means = [block_means(x.reshape(n * h, nb, BLOCK, -1), counts.reshape(n * h, nb)) for x in (q, k, v)]
+    means = [block_means(x.reshape(n * h, nb, BLOCK, x.shape[3]), counts.reshape(n * h, nb)) for x in (q, k, v)]
     coarse = low_resolution_logits(means[0], means[1])
     with torch.no_grad():
         selection = Selection.of(coarse.clone(), counts.reshape(n * h, nb), options)
         chosen = torch.zeros(n * h, nb * nb, dtype=torch.bool, device=q.device)
         chosen = chosen.scatter_(1, selection.indices, True).view(n, h, nb, nb)
-    coarse, v_mean = coarse.to(q.dtype).view(n, h, nb, nb), means[2].to(q.dtype).view(n, h, nb, -1)
+    coarse, v_mean = coarse.to(q.dtype).view(n, h, nb, nb), means[2].to(q.dtype).view(n, h, nb, v.shape[3])
 
     # The scores of keys in selected blocks and, of the others, one for each block, with what they count.
     seen = chosen.repeat_interleave(BLOCK, 2).repeat_interleave(BLOCK, 3) & real.mT

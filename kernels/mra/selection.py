@@ -74,7 +74,7 @@ class Selection:
         chosen = chosen.unflatten(1, (nb, nb))
         ends = chosen.sum(2).cumsum(1)
         pointers = torch.cat((torch.zeros_like(ends[:, :1]), ends), 1)
-        return Selection(pointers, chosen.nonzero()[:, 2].view(len(chosen), -1))
+        return Selection(pointers, chosen.nonzero()[:, 2].view(-1, budget))
 
 
 def by_column(columns: Tensor, number: int) -> tuple[Tensor, Tensor]:
@@ -87,7 +87,7 @@ def by_column(columns: Tensor, number: int) -> tuple[Tensor, Tensor]:
 
 def block_means(x: Tensor, counts: Tensor) -> Tensor:
     """x: [m, nb, BLOCK, d], zero at padding; counts: [m, nb] real tokens → [m, nb, d] float64."""
-    return x.sum(2, dtype=torch.float64) / (counts + EPSILON).unsqueeze(2)
+    return x.sum(2, dtype=torch.float64) / (counts.double() + EPSILON).unsqueeze(2)
 
 
 def low_resolution_logits(q_mean: Tensor, k_mean: Tensor) -> Tensor:
