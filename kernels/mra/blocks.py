@@ -1,8 +1,8 @@
 """MRA-2 attention by lists of selected blocks, in plain PyTorch: nothing of length × length is made.
 
 Rows (of blocks) with the same number of selected blocks are worked on together: the blocks' keys are gathered, and all
-is batched matrix products.  The backward pass computes the weights again from the log-sum-exp.  What blocks give to
-their keys and values is summed column by column in the order of the lists, so that every run gives the same bits.
+is batched matrix products.  The backward pass computes the weights again from their maximum and sum.  What blocks give
+to their keys and values is summed column by column in the order of the lists, so that every run gives the same bits.
 
 The low-resolution part: of block row i with logits l_ij, A_ij = n_j exp(l_ij − r_i) over blocks j that are not
 selected, r_i the highest of these l_ij; A v̂ and the sums of A count exp(r_i − c_t) in query t, c_t the common maximum.
@@ -28,7 +28,7 @@ GIVEN, PIECE = 1 << 23, 1 << 20
 
 
 def blocks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Options) -> Tensor:
-    """As ``mra_attention``; keeps q, k, v, the result, its log-sum-exp and the lists for the backward pass."""
+    """As ``mra_attention``; keeps q, k, v, the result, the maximum and sum of each query and the lists."""
     return _Blocks.apply(q, k, v, mask, options)  # type: ignore[no-any-return]
 
 
@@ -39,36 +39,42 @@ class _Blocks(torch.autograd.Function):
         dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), torch.promote_types(v.dtype, torch.float32))
         y = torch.empty(v.shape, dtype=q.dtype, device=q.device)
         keep = any(ctx.needs_input_grad)
-        lse = y.new_empty(n, h, -(-l // BLOCK) * BLOCK, dtype=dtype) if keep else None
+        # Not the logarithm of the sum added to the maximum: beside a large one it would lose its digits.
+        norms = y.new_empty(2, n, h, -(-l // BLOCK) * BLOCK, dtype=dtype) if keep else None
         lists = []
         for part in _parts(q, v, options):
             matrices = _Matrices.of(q[part], k[part], v[part], None if mask is None else mask[part[0]], dtype)
             means = matrices.means()
             selection = Selection.of(low_resolution_logits(means[0], means[1]), matrices.counts, options)
             coarse = None if options.sparse else _Coarse.of(matrices, selection, means)
-            of_part, lse_of_part = _attend(matrices, selection, coarse)
+            of_part, *norms_of_part = _attend(matrices, selection, coarse)
             matrices.put(of_part, y[part])
-            if lse is not None:
-                lse[part] = lse_of_part.view_as(lse[part])
+            if norms is not None:
+                for whole, norm in zip(norms, norms_of_part, strict=True):
+                    whole[part] = norm.view_as(whole[part])
                 lists += [selection.pointers.int(), selection.columns.int()]
         if keep:
-            ctx.save_for_backward(q, k, v, mask, y, lse, *lists)
+            ctx.save_for_backward(q, k, v, mask, y, norms, *lists)
             ctx.options = options
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, of_y: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        q, k, v, mask, y, lse, *lists = ctx.saved_tensors
+        q, k, v, mask, y, norms, *lists = ctx.saved_tensors
         gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
-        given = None
+        room = None
         for i, part in enumerate(_parts(q, v, ctx.options)):
-            matrices = _Matrices.of(q[part], k[part], v[part], None if mask is None else mask[part[0]], lse.dtype)
+            matrices = _Matrices.of(q[part], k[part], v[part], None if mask is None else mask[part[0]], norms.dtype)
             selection = Selection(lists[2 * i].long(), lists[2 * i + 1].long())
             coarse = None if ctx.options.sparse else _Coarse.of(matrices, selection, matrices.means())
-            given = given or _Given.of(matrices, selection)
-            of_part, y_of_part = matrices.take(of_y[part]), matrices.take(y[part])
-            results = _differentiate(matrices, selection, coarse, given, y_of_part, of_part, lse[part])
+            rows = _Rows.of(selection, q.shape[3] + v.shape[3])
+            room = room or _Given.make_room(matrices, selection)
+            given = _Given(room, (torch.zeros_like(matrices.k), torch.zeros_like(matrices.v)), rows.columns)
+            maximum, sums = (x[part].reshape(-1, BLOCK, 1) for x in norms)
+            of_part = matrices.take(of_y[part]).div_(sums)
+            delta = (of_part * matrices.take(y[part])).sum(2, keepdim=True)
+            results = _differentiate(matrices, rows, coarse, given, maximum, of_part, delta)
             for whole, result in zip(gradients, results, strict=True):
                 matrices.put(result, whole[part])
         return *gradients, None, None
@@ -155,15 +161,15 @@ class _Coarse(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    """r rows with c selected blocks each, c > 0."""
+    """r rows with c selected blocks each, c > 0; see ``_Rows``."""
 
-    rows: slice  # of ``_Rows.order``
-    columns: Tensor  # [r · c] through all matrices
-    number: int  # c
+    rows: slice  # of its order
+    listed: slice  # of its columns
+    columns: Tensor  # [r · c]
 
     def keys(self, x: Tensor) -> Tensor:
         """[m · nb, BLOCK, ...] → those of the selected blocks, [r, c · BLOCK, ...]"""
-        return x.index_select(0, self.columns).view(-1, self.number * BLOCK, *x.shape[2:])
+        return x.index_select(0, self.columns).view(self.rows.stop - self.rows.start, -1, *x.shape[2:])
 
     def scores(self, q: Tensor, k: Tensor, padding: Tensor | None) -> Tensor:
         """q: [r, BLOCK, d]; k: [r, c · BLOCK, d] → [r, BLOCK, c · BLOCK], −inf at padding."""
@@ -177,25 +183,28 @@ class _Rows(NamedTuple):
     """The rows of blocks of m matrices, those with most selected blocks first."""
 
     order: Tensor  # [m · nb]
+    columns: Tensor  # [m · k] of the selected blocks of one row after another, numbered through all matrices
     pieces: list[_Piece]
 
     @staticmethod
     def of(selection: Selection, features: int) -> _Rows:
         """features: of a key and its value."""
-        counts, starts = selection.counts, selection.pointers[:, :-1]
-        m, nb = counts.shape
-        matrix = torch.arange(m, device=counts.device).unsqueeze(1)
-        starts = (starts + matrix * selection.columns.shape[1]).flatten()
+        m, nb = selection.counts.shape
+        matrix = torch.arange(m, device=selection.columns.device).unsqueeze(1)
         columns = (selection.columns + matrix * nb).flatten()
-        counts, order = counts.flatten().sort(descending=True, stable=True)
-        pieces, at = [], 0
+        starts = (selection.pointers[:, :-1] + matrix * selection.columns.shape[1]).flatten()
+        counts, order = selection.counts.flatten().sort(descending=True, stable=True)
+        moved = (starts[order] - counts.cumsum(0) + counts).repeat_interleave(counts)
+        columns = columns[moved + torch.arange(len(moved), device=moved.device)]
+        pieces, row, block = [], 0, 0
         for c, r in zip(*(x.tolist() for x in counts.unique_consecutive(return_counts=True)), strict=True):
-            within = torch.arange(c, device=counts.device)
-            for some in order[at : at + r].split(max(1, PIECE // (c * BLOCK * (features + 2 * BLOCK)))) if c else ():
-                rows = slice(at, at + len(some))
-                pieces.append(_Piece(rows, columns[(starts[some].unsqueeze(1) + within).flatten()], c))
-                at = rows.stop
-        return _Rows(order, pieces)
+            step, end = max(1, PIECE // max(1, c * BLOCK * (features + 2 * BLOCK))), row + r
+            while c and row < end:
+                rows = slice(row, min(row + step, end))
+                listed = slice(block, block + (rows.stop - row) * c)
+                pieces.append(_Piece(rows, listed, columns[listed]))
+                row, block = rows.stop, listed.stop
+        return _Rows(order, columns, pieces)
 
     def gather(self, *tensors: Tensor) -> list[Tensor]:
         """[m · nb, ...] in the order of the rows."""
@@ -205,108 +214,105 @@ class _Rows(NamedTuple):
         return torch.empty_like(x).index_copy_(0, self.order, x)
 
 
-def _attend(matrices: _Matrices, selection: Selection, coarse: _Coarse | None) -> tuple[Tensor, Tensor]:
-    """Returns y [m · nb, BLOCK, e] and its log-sum-exp [m · nb, BLOCK]."""
-    v, e = matrices.v, matrices.v.shape[2]
-    rows = _Rows.of(selection, matrices.q.shape[2] + e)
+def _attend(matrices: _Matrices, selection: Selection, coarse: _Coarse | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns y [m · nb, BLOCK, e], and each query's maximum and sum of weights [m · nb, BLOCK]."""
+    k, v, e = matrices.k, matrices.v, matrices.v.shape[2]
+    rows = _Rows.of(selection, k.shape[2] + e)
+    (q,) = rows.gather(matrices.q)
     if coarse is None:
-        (q,) = rows.gather(matrices.q)
-        highest, rest, rest_values = (
-            q.new_full((len(q), 1), -torch.inf),
-            q.new_zeros(len(q), 1),
-            v.new_zeros(len(q), 1, e),
-        )
+        rest = (q.new_full((len(q), 1), -torch.inf), q.new_zeros(len(q), 1), v.new_zeros(len(q), 1, e))
     else:
-        q, highest, rest, rest_values = rows.gather(matrices.q, coarse.maximum, coarse.sums, coarse.values)
-    y, maximum, sums = torch.zeros_like(v), highest.repeat(1, BLOCK), torch.zeros_like(q[..., 0])
-    for at, piece in ((piece.rows, piece) for piece in rows.pieces):
-        weights = piece.scores(q[at], piece.keys(matrices.k), matrices.padding)
+        rest = (coarse.maximum, coarse.sums, coarse.values)
+    highest, rest_sums, rest_values = rows.gather(*rest)
+    maximum = highest.masked_fill(highest == -torch.inf, 0).repeat(1, BLOCK)
+    y, sums = torch.zeros_like(v), torch.zeros_like(maximum)
+    for piece in rows.pieces:
+        at = piece.rows
+        weights = piece.scores(q[at], piece.keys(k), matrices.padding)
         torch.maximum(weights.amax(2), highest[at], out=maximum[at])
-        c = maximum[at].masked_fill(maximum[at] == -torch.inf, 0)  # neither a real key nor a block
-        torch.sum(weights.sub_(c.unsqueeze(2)).exp_(), 2, out=sums[at])
+        maximum[at].masked_fill_(maximum[at] == -torch.inf, 0)  # neither a real key nor a block
+        torch.sum(weights.sub_(maximum[at].unsqueeze(2)).exp_(), 2, out=sums[at])
         torch.bmm(weights, piece.keys(v), out=y[at])
-    maximum.masked_fill_(maximum == -torch.inf, 0)
     share = (highest - maximum).exp_()
-    sums.addcmul_(share, rest).add_(EPSILON)
+    sums.addcmul_(share, rest_sums).add_(EPSILON)
     y.addcmul_(share.unsqueeze(2), rest_values).div_(sums.unsqueeze(2))
-    return rows.scatter(y), rows.scatter(maximum.add_(sums.log_()))
+    return rows.scatter(y), rows.scatter(maximum), rows.scatter(sums)
 
 
 def _differentiate(
     matrices: _Matrices,
-    selection: Selection,
+    rows: _Rows,
     coarse: _Coarse | None,
     given: _Given,
-    y: Tensor,
+    maximum: Tensor,
     of_y: Tensor,
-    lse: Tensor,
+    delta: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, of_y: [m · nb, BLOCK, e]; lse: m · nb · BLOCK → gradients of q, k, v [m · nb, BLOCK, d or e]."""
-    k, v, d = matrices.k, matrices.v, matrices.q.shape[2]
-    lse, delta = lse.reshape(-1, BLOCK, 1), (of_y * y).sum(2, keepdim=True)
-    rows = _Rows.of(selection, d + v.shape[2])
-    q, of_rows, lse_rows, delta_rows = rows.gather(matrices.q, of_y, lse, delta)
-    of_q, of_k, of_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    for at, piece in ((piece.rows, piece) for piece in rows.pieces):
-        keys = piece.keys(k)
-        weights = piece.scores(q[at], keys, matrices.padding).sub_(lse_rows[at]).exp_()
+    """of_y: [m · nb, BLOCK, e] divided by the sums; maximum, delta (of_y · y): [m · nb, BLOCK, 1].
+
+    Returns the gradients of q, k, v [m · nb, BLOCK, d or e].
+    """
+    k, v, d = matrices.k, matrices.v, matrices.k.shape[2]
+    q, of_rows, maximum_rows, delta_rows = rows.gather(matrices.q, of_y, maximum, delta)
+    of_q = torch.zeros_like(q)
+    for piece in rows.pieces:
+        at, keys = piece.rows, piece.keys(k)
+        weights = piece.scores(q[at], keys, matrices.padding).sub_(maximum_rows[at]).exp_()
         of_scores = (of_rows[at] @ piece.keys(v).mT).sub_(delta_rows[at]).mul_(weights)
         torch.bmm(of_scores, keys, out=of_q[at])
-        if not given.fits(piece):
-            given.empty_to(of_k, of_v)
         given.add(piece, (of_scores, q[at]), (weights, of_rows[at]))
-    given.empty_to(of_k, of_v)
-    gradients = rows.scatter(of_q), of_k, of_v
+    given.sum()
+    gradients = rows.scatter(of_q), *given.totals
     if coarse is not None:
         size = (matrices.counts.double() + EPSILON).to(q.dtype).unsqueeze(2)
-        for gradient, of_mean in zip(gradients, _differentiate_coarse(coarse, of_y, delta, lse), strict=True):
+        for gradient, of_mean in zip(gradients, _differentiate_coarse(coarse, maximum, of_y, delta), strict=True):
             gradient += (of_mean / size).flatten(0, 1).unsqueeze(1)
     gradients[0].mul_(d**-0.5)
     return gradients
 
 
-def _differentiate_coarse(coarse: _Coarse, of_y: Tensor, delta: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """of_y: [m · nb, BLOCK, e]; delta (of_y · y), lse: [m · nb, BLOCK, 1] → gradients of q̂, k̂ and v̂."""
+def _differentiate_coarse(
+    coarse: _Coarse, maximum: Tensor, of_y: Tensor, delta: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``_differentiate``, the gradients of q̂, k̂ and v̂."""
     (q, k, v), weights = coarse.means, coarse.weights
-    share = (coarse.maximum.unsqueeze(2) - lse).exp_()
+    share = (coarse.maximum.unsqueeze(2) - maximum).exp_()
     of_values = (share.mT @ of_y).view(v.shape)  # of A v̂
-    of_sums = -(share * delta).sum(1).view(*v.shape[:2], 1)
-    of_logits = (of_values @ v.mT).add_(of_sums).mul_(weights)
+    of_logits = (of_values @ v.mT).sub_((share.mT @ delta).view(*v.shape[:2], 1)).mul_(weights)
     return of_logits @ k, of_logits.mT @ q, weights.mT @ of_values
 
 
 @dataclasses.dataclass(eq=False)
 class _Given:
-    """What selected blocks give to their keys and values, as long as there is room."""
+    """What selected blocks give to their keys and values: of a stretch of the list, as long as there is room."""
 
-    to_keys: Tensor  # [room, BLOCK, d]
-    to_values: Tensor  # [room, BLOCK, e]
-    columns: Tensor  # [room]
-    used: int = 0
+    room: tuple[Tensor, Tensor]  # [room, BLOCK, d], [room, BLOCK, e]
+    totals: tuple[Tensor, Tensor]  # [m · nb, BLOCK, d], [m · nb, BLOCK, e]
+    columns: Tensor  # of ``_Rows``
+    start: int = 0
+    stop: int = 0
 
     @staticmethod
-    def of(matrices: _Matrices, selection: Selection) -> _Given:
+    def make_room(matrices: _Matrices, selection: Selection) -> tuple[Tensor, Tensor]:
+        """For the blocks of a piece at least."""
         k, v = matrices.k, matrices.v
         pieces = max(GIVEN, PIECE) // (BLOCK * (k.shape[2] + v.shape[2]))
         room = min(selection.columns.numel(), max(pieces, selection.counts.shape[1]))
-        columns = selection.columns.new_empty(room)
-        return _Given(k.new_empty(room, *k.shape[1:]), v.new_empty(room, *v.shape[1:]), columns)
-
-    def fits(self, piece: _Piece) -> bool:
-        return self.used + len(piece.columns) <= len(self.columns)
+        return k.new_empty(room, *k.shape[1:]), v.new_empty(room, *v.shape[1:])
 
     def add(self, piece: _Piece, to_keys: tuple[Tensor, Tensor], to_values: tuple[Tensor, Tensor]) -> None:
         """Products of [r, BLOCK, c · BLOCK], transposed, with [r, BLOCK, d or e]."""
-        at = slice(self.used, self.used + len(piece.columns))
-        self.columns[at] = piece.columns
-        for room, (left, right) in ((self.to_keys, to_keys), (self.to_values, to_values)):
-            torch.bmm(left.mT, right, out=room[at].view(len(right), piece.number * BLOCK, -1))
-        self.used = at.stop
+        if piece.listed.stop - self.start > len(self.room[0]):
+            self.sum()
+        at = slice(piece.listed.start - self.start, piece.listed.stop - self.start)
+        for room, (left, right) in zip(self.room, (to_keys, to_values), strict=True):
+            torch.bmm(left.mT, right, out=room[at].view(len(right), left.shape[2], right.shape[2]))
+        self.stop = piece.listed.stop
 
-    def empty_to(self, of_k: Tensor, of_v: Tensor) -> None:
-        """Adds it all to [m · nb, BLOCK, d] and [m · nb, BLOCK, e]."""
-        order, starts = by_column(self.columns[: self.used], len(of_k))
-        for total, room in ((of_k, self.to_keys), (of_v, self.to_values)):
+    def sum(self) -> None:
+        """Adds it all to the totals."""
+        order, starts = by_column(self.columns[self.start : self.stop], len(self.totals[0]))
+        for total, room in zip(self.totals, self.room, strict=True):
             # Column by column in the order of the list, where index_add would add in any order on a GPU.
             total += F.embedding_bag(order, room.flatten(1), starts, mode="sum").view_as(total)
-        self.used = 0
+        self.start = self.stop
