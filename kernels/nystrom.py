@@ -136,7 +136,7 @@ def _segment_sums(x: Tensor, s: int) -> Tensor:
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor | None) -> Tensor:
     """softmax(q kᵀ / √d) v over the keys [n, t] that are True; finite, but meaningless, where a row has none."""
-    if keys is not None:
+    if keys is not None:  # what no key at all gives differs among torch's kernels
         keys = (keys | ~keys.any(1, keepdim=True))[:, None, None, :]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=keys)
 
