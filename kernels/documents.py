@@ -227,8 +227,10 @@ class Documents:
         _, lengths = names.flatten()[order].unique_consecutive(return_counts=True)
         padded = -(-lengths // multiple) * multiple
         longest_first = padded.argsort(descending=True, stable=True)
-        order = torch.cat([order.split(lengths.tolist())[i] for i in longest_first.tolist()])
+        firsts = (lengths.cumsum(0) - lengths)[longest_first]
         lengths, padded = lengths[longest_first], padded[longest_first]
+        places = torch.arange(len(order)) + (firsts - lengths.cumsum(0) + lengths).repeat_interleave(lengths)
+        order = order[places]
         slots, real = self._slots(order % s * b + order // s, lengths, padded)
         sizes: list[tuple[int, int]] = []
         masks: list[Tensor | None] = []

@@ -146,3 +146,57 @@ def test_rows_and_back(size: int | None) -> None:
         assert torch.equal(back, x)
         upstream = torch.randn(shape)
         assert torch.equal(torch.autograd.grad(back, x, upstream)[0], upstream)
+
+
+# Documents by themselves.
+
+
+@pytest.mark.parametrize("kind", ["document", "padding", "full"])
+@pytest.mark.parametrize("multiple", [1, 4, 7])
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.data())
+def test_pieces_are_the_documents(kind: Any, multiple: int, data: st.DataObject) -> None:
+    """Every document's tokens in order, filled up with zeros, those of one length together; and back."""
+    b, s = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 20))
+    numbers = data.draw(st.lists(st.integers(0, 3), min_size=b * s, max_size=b * s))
+    ids = torch.tensor(numbers).view(b, s)  # in pieces, too
+    if kind == "full":
+        ids = torch.ones_like(ids)
+    documents = Documents.of(ids, torch.arange(s).expand(b, s), kind, causal=False)
+    x = torch.arange(1.0, s * b * 6 + 1).view(s, b, 2, 3).requires_grad_()
+    pieces = documents.pieces(multiple)
+    parts = pieces.split(x)
+    assert [(part.shape[0], part.shape[2]) for part in parts] == pieces.sizes
+    found = []
+    for part, mask in zip(parts, pieces.masks, strict=True):
+        for i in range(len(part)):
+            real = torch.ones(part.shape[2], dtype=torch.bool) if mask is None else mask[i]
+            assert not real.diff().any() or int(real.long().diff().abs().sum()) == 1 and bool(real[0])
+            assert pieces.slots is None or (part.shape[2] % multiple == 0 and part.shape[2] - int(real.sum()) < multiple)
+            if pieces.slots is not None:
+                assert not part[i][:, ~real].any()
+            found.append(part[i][:, real].transpose(0, 1))
+    whole = (ids > 0).long() if kind != "document" else ids
+    expected = [x[whole[r] == n, r] for r in range(b) for n in whole[r].unique().tolist() if n > 0]
+    key = lambda t: (len(t), t.flatten().tolist())  # noqa: E731
+    if expected:
+        for ours, theirs in zip(sorted(found, key=key), sorted(expected, key=key), strict=True):
+            assert torch.equal(ours, theirs)
+    else:
+        assert not any(mask.any() for mask in pieces.masks if mask is not None)
+    real = (ids.t() > 0)[..., None, None]
+    back = pieces.join(parts)
+    assert torch.equal(back * real, x * real)
+    (gradient,) = torch.autograd.grad((back * real).sum(), x)
+    assert torch.equal(gradient, real.expand_as(x).float())
+
+
+def test_rows_with_padding_that_counts_stay_as_they_are() -> None:
+    ids = torch.tensor([[1, 1, 0, 1], [1, 0, 0, 0]])
+    documents = Documents.of(ids, torch.arange(4).expand(2, 4), "padding", causal=False)
+    x = torch.randn(4, 2, 1, 3)
+    pieces = documents.pieces(2, keep_padding=True)
+    (part,), (mask,) = pieces.split(x), pieces.masks
+    assert torch.equal(part, x.permute(1, 2, 0, 3)) and torch.equal(mask, ids > 0)
+    assert torch.equal(pieces.join([part]), x)
+    assert len(documents.pieces(2).sizes) == 2  # without keep_padding: one document of 4 tokens, one of 2
