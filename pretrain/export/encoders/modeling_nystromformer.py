@@ -85,10 +85,10 @@ class NystromformerSelfAttention(EncoderSelfAttention):
         size = (count + m - 1) // m  # of a segment; the last one may be shorter, and further ones are empty
         segment = torch.arange(length, device=q.device) // size.clamp(min=1)  # [B, L]
         members = (segment[:, None] == torch.arange(m, device=q.device)[:, None]) & inside[:, None]  # [B, m, L]
-        members = members[:, None]
-        there = members.any(3)  # [B, 1, m]
-        average = members / members.sum(3, keepdim=True).clamp(min=1)
-        q_mean, k_mean = average.to(q.dtype) @ q, average.to(k.dtype) @ k  # [B, H, m, d]
+        there = members.any(2)[:, None]  # [B, 1, m]
+        average = members[:, None].to(q.dtype)
+        average = average / average.sum(3, keepdim=True).clamp(min=1)
+        q_mean, k_mean = average @ q, average @ k  # [B, H, m, d]
 
         # Empty segments are no landmarks: their rows and columns are zero, in the inverse as well.
         to_landmarks = masked_softmax(q @ k_mean.mT, there[:, :, None])  # [B, H, L, m]
