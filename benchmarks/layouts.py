@@ -110,10 +110,10 @@ MODELS = {
     "mega": f"{{{_MEGA}}}",
     "mega-chunked": f"{{{_MEGA}, use_chunking: true, chunk_size: 16, attention_activation: laplace, "
     "relative_positional_bias: simple, use_feature_dropout: true, normalization_type: layernorm}",
-    "mra": f"{{model_type: mra, {_ENCODER}, block_per_row: 2}}",
+    "mra": f"{{model_type: mra, {_ENCODER}, block_per_row: 1}}",
     "nystromformer": f"{{model_type: nystromformer, {_ENCODER}, num_landmarks: 16, conv_kernel_size: 9}}",
 }
-LENGTHS = {"mra": 256, "nystromformer": 256}  # of rows: several blocks, several tokens a landmark
+LENGTHS = {"mra": 128, "nystromformer": 128}  # of rows: several blocks, several tokens a landmark
 RECIPE = """\
 run_dir: set on the command line
 training: {global_batch_size: 16, micro_batch_size: 4}

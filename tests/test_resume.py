@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from comparison import assert_identical
-from runs import MEGA, Run, ranks_of, settings, train_here
+from runs import MEGA, MRA, NYSTROMFORMER, Run, ranks_of, settings, train_here
 from safetensors.torch import load_file
 
 from farspan.launch.local import COMMAND
@@ -26,6 +26,7 @@ SAVES = {"checkpoint.interval": STOP, "evaluation.interval": STOP, "evaluation.r
 BFLOAT16 = {"training.dtype": "bfloat16"}
 # Overflows in its first steps, and the scale both falls and rises before and after the stop.
 FLOAT16 = {"training.dtype": "float16", "training.initial_loss_scale": 2.0**24, "training.loss_scale_window": 1}
+NO_WEIGHTS = {"model.attention_probs_dropout_prob": 0.0}
 OFFLOAD = {"parallel.offload_optimizer": True}
 
 
@@ -51,6 +52,8 @@ LAYOUTS = {
     "DP2, ZeRO 1, bfloat16, mega with batch norm": replicas(1)
     | BFLOAT16
     | {"model": MEGA | {"normalization_type": "syncbatchnorm"}},
+    "TP2, mra, bfloat16": {"parallel.tensor": 2, "model": MRA, "data.sequence_length": 96} | BFLOAT16 | NO_WEIGHTS,
+    "DP2, ZeRO 3, nystromformer": replicas(3) | {"model": NYSTROMFORMER} | NO_WEIGHTS,
     "DP2, ZeRO 2, batch ramp": replicas(2) | {"training.batch_ramp": {"start": 4, "increment": 4, "samples": 10}},
 }  # fmt: skip
 
