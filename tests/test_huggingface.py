@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from comparison import assert_identical
+from comparison import assert_close, assert_identical
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from farspan import load
 from farspan.pretrain import checkpoint as ckpt
 from farspan.pretrain import huggingface
 from farspan.pretrain.huggingface import HuggingFaceFolder, from_huggingface, to_huggingface
@@ -319,3 +320,25 @@ def test_an_export_that_transformers_5_reads_wrongly_says_so(tmp_path: Path) -> 
         from_huggingface(golden / case, tmp_path / f"{case}-checkpoint")
         said = to_huggingface(tmp_path / f"{case}-checkpoint", tmp_path / case)
         assert said is None if note is None else note in str(said)
+
+
+@pytest.mark.parametrize("case", ["megatron-bert-mlm-untied", "roberta-prelayernorm-mlm-untied", "mra-mlm-untied"])
+def test_an_untied_bias_of_transformers_5_has_two_names(case: str, tmp_path: Path) -> None:
+    """It computes with the second, and saves what it never touched under the first."""
+    import transformers
+
+    source, folder = GOLDEN / case, tmp_path / "two"
+    shutil.copytree(source, folder)
+    tensors = load_file(folder / "model.safetensors")
+    head = "lm_head" if case.startswith("roberta") else "cls.predictions"
+    tensors[f"{head}.decoder.bias"] = tensors[f"{head}.bias"] + torch.arange(len(tensors[f"{head}.bias"]))
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    inputs = load_file(source / "inputs.safetensors")
+    with torch.no_grad():
+        before, after = (load(path)(**inputs).logits for path in (source, folder))
+    assert_close(after, before + torch.arange(before.shape[-1]), "logits")
+    if not case.startswith("mra"):
+        with torch.no_grad():
+            theirs = transformers.AutoModelForMaskedLM.from_pretrained(folder)(**inputs).logits
+        real = inputs["attention_mask"] == 1
+        assert_close(after[real], theirs[real], "logits in transformers")
