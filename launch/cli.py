@@ -1,4 +1,4 @@
-"""The command line: ``farspan prepare | train | convert | version``.
+"""The command line: ``farspan prepare | train | convert | bench | version``.
 
 Whatever is slow to import is imported inside the command that needs it, so that ``farspan --help`` answers at once.
 """
@@ -145,6 +145,16 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
     from_hf.add_argument("out", metavar="OUT", help="new checkpoint folder")
     from_hf.set_defaults(run=_from_hf, parser=from_hf)
 
+    bench = commands.add_parser("bench", help="measure")
+    bench.set_defaults(parser=bench)
+    questions = bench.add_subparsers(title="questions", metavar="QUESTION", required=True)
+    approximation = questions.add_parser("approximation", help="MRA and Nyström attention against exact attention")
+    approximation.set_defaults(run=_approximation, parser=approximation)
+    if command == "bench":
+        from ..pretrain.approximation.command import add_arguments as add_approximation_arguments
+
+        add_approximation_arguments(approximation)
+
     version = commands.add_parser("version", help="print the versions of Farspan and of what it stands on")
     version.set_defaults(run=_version, parser=version)
     return parser
@@ -228,6 +238,12 @@ def _from_hf(args: argparse.Namespace) -> None:
     print(f"wrote {args.out}")
     if note:
         _say(f"note: {note}")
+
+
+def _approximation(args: argparse.Namespace) -> None:
+    from ..pretrain.approximation.command import run
+
+    run(args)
 
 
 def _version(args: argparse.Namespace) -> None:

@@ -29,6 +29,7 @@ THIRD_PARTY = {
         "pyarrow",
         "transformers",
         "tqdm",
+        "matplotlib",
     },
     "launch": {"torch"},
 }

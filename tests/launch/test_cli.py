@@ -115,10 +115,11 @@ def test_help_needs_nothing_slow() -> None:
             main(sys.argv[1:])
         except SystemExit as end:
             assert end.code == 0
-        slow = {"torch", "numpy", "yaml", "pydantic", "deepspeed", "megatron", "transformers", "datasets"}
+        slow = {"torch", "numpy", "yaml", "pydantic", "deepspeed", "megatron", "transformers", "datasets", "matplotlib"}
         sys.exit(f"imported {slow & set(sys.modules)}" if slow & set(sys.modules) else 0)
     """
-    for arguments in (["--help"], ["train", "--help"], ["convert", "to-hf", "--help"], ["--version"], ["version"]):
+    helps = (["train"], ["convert", "to-hf"], ["bench", "approximation"], [])
+    for arguments in (*([*command, "--help"] for command in helps), ["--version"], ["version"]):
         ended = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
         assert (ended.returncode, ended.stderr) == (0, "")
 
