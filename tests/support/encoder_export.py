@@ -37,6 +37,9 @@ OWN: dict[str, dict[str, Any]] = {
         "inv_coeff_init_option": True,
     },
 }
+# What stock configurations mean without saying it.
+AS_RELEASED = {"padding_counts": True, "inv_coeff_init_option": False}
+GOLDEN = [case for name in ARCHITECTURES for case in sorted((Path(__file__).parents[1] / "golden").glob(f"{name}-*"))]
 ROWS = 4
 BLOCK = 32
 
@@ -59,6 +62,15 @@ def write_folder(folder: Path, architecture: str, config: dict[str, Any]) -> Pat
     (folder / "config.json").write_text(json.dumps(config))
     for file in code_files(architecture):
         shutil.copy(FILES / file, folder)
+    return folder
+
+
+def golden_folder(case: Path, folder: Path, **config: Any) -> Path:
+    """A reference case's weights, under `config` and what stock configurations mean."""
+    architecture = case.name.split("-")[0]
+    config = json.loads((case / "config.json").read_text()) | AS_RELEASED | config
+    write_folder(folder, architecture, config)
+    shutil.copy(case / "model.safetensors", folder)
     return folder
 
 
