@@ -122,8 +122,11 @@ def _errors(
             layers = [synthetic_qkv(1, HEADS, length, HEAD_SIZE, args.seed * args.rows + row)]
         else:
             layers = model.layers(rows[row])
-        for method, kept in found.items():
-            kept += [relative_errors(method, *inputs) for inputs in layers]
+        for inputs in layers:
+            with torch.no_grad():
+                exact = all_methods[0](*inputs)
+                for method, kept in found.items():
+                    kept.append(relative_errors(method(*inputs), exact))
     return {method: torch.cat(kept).mean().item() for method, kept in found.items()}, layers[len(layers) // 2]
 
 
