@@ -79,8 +79,7 @@ def _softmax(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v).to(dtype)
     padding = ~mask[:, None, :, None]
     q, k, v = (x.masked_fill(padding, 0) for x in (q, k, v))  # a weight of 0 times a number that is none
-    seen = (mask | ~mask.any(1, keepdim=True))[:, None, None, :]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen).masked_fill(padding, 0).to(dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :]).masked_fill(padding, 0).to(dtype)
 
 
 def _check(

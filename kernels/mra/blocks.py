@@ -29,16 +29,16 @@ GIVEN, PIECE = 1 << 23, 1 << 20
 
 def blocks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Options) -> Tensor:
     """As ``mra_attention``; keeps q, k, v, the result, the maximum and sum of each query and the lists."""
-    return _Blocks.apply(q, k, v, mask, options)  # type: ignore[no-any-return]
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    return _Blocks.apply(q, k, v, mask, options, keep)  # type: ignore[no-any-return]
 
 
 class _Blocks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Options) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Options, keep: bool) -> Tensor:
         n, h, l, _ = q.shape
         dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), torch.promote_types(v.dtype, torch.float32))
         y = torch.empty(v.shape, dtype=q.dtype, device=q.device)
-        keep = any(ctx.needs_input_grad)
         # Not the logarithm of the sum added to the maximum: beside a large one it would lose its digits.
         norms = y.new_empty(2, n, h, -(-l // BLOCK) * BLOCK, dtype=dtype) if keep else None
         lists = []
@@ -77,7 +77,7 @@ class _Blocks(torch.autograd.Function):
             results = _differentiate(matrices, rows, coarse, given, maximum, of_part, delta)
             for whole, result in zip(gradients, results, strict=True):
                 matrices.put(result, whole[part])
-        return *gradients, None, None
+        return *gradients, None, None, None
 
 
 def _parts(q: Tensor, v: Tensor, options: Options) -> list[tuple[slice, slice]]:
