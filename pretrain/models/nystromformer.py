@@ -111,7 +111,7 @@ class Nystromformer(ApproximateModel):
 
     @classmethod
     def stock_fields(cls, fields: Mapping[str, Any]) -> dict[str, Any]:
-        released = {"num_landmarks": 64, "segment_means_seq_len": 64, "conv_kernel_size": 65, "type_vocab_size": 2}
+        released: dict[str, Any] = {"num_landmarks": 64, "segment_means_seq_len": 64, "conv_kernel_size": 65, "type_vocab_size": 2}
         released |= {"inv_coeff_init_option": False, "hidden_act": "gelu_new", "max_position_embeddings": 510}
         found = {name: fields.get(name, value) for name, value in released.items()}
         if _swapped(found["num_landmarks"], found["segment_means_seq_len"]):
@@ -154,7 +154,7 @@ class Nystromformer(ApproximateModel):
     @classmethod
     def flops_per_row(cls, config: ModelConfig, length: float, predictions: float) -> float:
         assert isinstance(config, NystromformerConfig)
-        h, m = config.hidden_size, config.num_landmarks
+        h, m = config.hidden_size, float(config.num_landmarks)
         if config.exact or length <= m:
             attention = 4 * length * length * h
         else:
