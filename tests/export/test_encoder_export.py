@@ -27,6 +27,7 @@ from encoder_export import (
     make_model,
 )
 from safetensors.torch import load_file
+from strangers import Largest
 from torch import Tensor
 
 import farspan
@@ -173,18 +174,6 @@ def test_mra_with_every_block_is_softmax_attention(length: int, features: int, t
 
 @both
 def test_no_tensor_grows_with_the_square_of_the_length(architecture: str, tmp_path: Path) -> None:
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Largest(TorchDispatchMode):
-        size = 0
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            output = func(*args, **(kwargs or {}))
-            for tensor in output if isinstance(output, tuple | list) else [output]:
-                if isinstance(tensor, Tensor):
-                    self.size = max(self.size, tensor.numel())
-            return output
-
     model = make_model(tmp_path / "folder", architecture, max_position_embeddings=2048).float()
 
     def largest(length: int) -> int:

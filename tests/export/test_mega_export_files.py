@@ -24,7 +24,7 @@ from mega_export import (
     written_out,
 )
 from safetensors.torch import load_file
-from torch import Tensor
+from strangers import Largest
 
 import farspan
 
@@ -122,18 +122,6 @@ def test_what_is_carried_does_not_grow_with_what_was_seen(tmp_path: Path) -> Non
 
 
 def test_no_tensor_grows_faster_than_the_row(tmp_path: Path) -> None:
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Largest(TorchDispatchMode):
-        size = 0
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            output = func(*args, **(kwargs or {}))
-            for tensor in output if isinstance(output, tuple | list) else [output]:
-                if isinstance(tensor, Tensor):
-                    self.size = max(self.size, tensor.numel())
-            return output
-
     model = make_model(tmp_path / "folder", "MaskedLM", **CHUNKS, ema_projection_size=16).float()
 
     def largest(length: int) -> int:

@@ -4,9 +4,6 @@ that know neither Farspan nor this test."""
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +28,7 @@ from mega_export import (
 )
 from safetensors import safe_open
 from safetensors.torch import save_file
+from strangers import in_each_interpreter, run
 from torch import Tensor
 
 pytestmark = pytest.mark.usefixtures("remote_code")
@@ -300,16 +298,7 @@ print("transformers", transformers.__version__)
 """
 
 
-def strangers() -> list[Any]:
-    other = os.environ.get("FARSPAN_TEST_TRANSFORMERS4")
-    reason = "FARSPAN_TEST_TRANSFORMERS4 names no Python with transformers 4.37 or later"
-    return [
-        pytest.param(sys.executable, id="this-transformers"),
-        pytest.param(other, id="transformers-4", marks=pytest.mark.skipif(not other, reason=reason)),
-    ]
-
-
-@pytest.mark.parametrize("python", strangers())
+@in_each_interpreter
 def test_in_an_interpreter_of_its_own(python: str, tmp_path: Path) -> None:
     cases = []
     for name in ("last chunk shorter, a chunk of padding", "causal softmax, left"):
@@ -329,9 +318,4 @@ def test_in_an_interpreter_of_its_own(python: str, tmp_path: Path) -> None:
         save_file(outputs, tmp_path / f"outputs{len(cases)}.safetensors")
         paths = {kind: str(tmp_path / f"{kind}{len(cases)}.safetensors") for kind in ("inputs", "outputs")}
         cases.append({"folder": str(folder), "auto": f"AutoModelFor{head}", **paths})
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    environment.pop("PYTHONPATH", None)
-    arguments = [python, "-W", "ignore", "-c", STRANGER, json.dumps(cases)]
-    result = subprocess.run(arguments, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.startswith("transformers ")
+    run(python, STRANGER, cases, tmp_path)
