@@ -160,9 +160,15 @@ def _about(model: TrainedModel | None, args: argparse.Namespace) -> dict[str, st
     import os
     import platform
     import re
+    import subprocess
 
     import torch
 
+    clone, commit = Path(__file__).parents[2], ""
+    if (clone / ".git").exists():
+        command = ["git", "-C", str(clone), "rev-parse", "--short", "HEAD"]
+        with contextlib.suppress(OSError):
+            commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     cpu = None
     with contextlib.suppress(OSError):
         cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
@@ -174,7 +180,7 @@ def _about(model: TrainedModel | None, args: argparse.Namespace) -> dict[str, st
         "threads": str(torch.get_num_threads()),
         "load of the machine": f"{os.getloadavg()[0]:.1f}",
         "date": datetime.date.today().isoformat(),
-        "farspan": __version__,
+        "farspan": f"{__version__}, commit {commit}" if commit else __version__,
         "torch": torch.__version__,
     }
 
