@@ -151,8 +151,7 @@ def plot(rows: list[dict[str, Any]], path: str) -> None:
     figure.savefig(path)
 
 
-def report(rows: list[dict[str, Any]], lines: list[str], held: bool, threads: int, out: str) -> None:
-    where = about("torch") | {"threads": str(threads)}
+def report(rows: list[dict[str, Any]], lines: list[str], held: bool, where: dict[str, str], out: str) -> None:
     page = [
         "# Attention of long rows on a CPU",
         "",
@@ -184,17 +183,18 @@ def report(rows: list[dict[str, Any]], lines: list[str], held: bool, threads: in
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1, help="to compute with (default: 1)")
-    parser.add_argument("--rounds", type=int, default=7, help="at short lengths; fewer at long ones (default: 7)")
+    parser.add_argument("--rounds", type=int, default=5, help="at short lengths; fewer at long ones (default: 5)")
     parser.add_argument("--quick", action="store_true", help="short lengths: whether it runs")
     parser.add_argument("--out", metavar="PATH", help="write PATH.md, PATH.json and PATH.png")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     lengths, rounds = ((64, 256), 1) if arguments.quick else (LENGTHS, arguments.rounds)
+    where = about("torch") | {"threads": str(arguments.threads)}
     rows = measure(lengths, rounds, arguments.threads)
     lines, held = table(rows)
     print("\n".join(lines))
     if arguments.out:
-        report(rows, lines, held, arguments.threads, arguments.out)
+        report(rows, lines, held, where, arguments.out)
     return 0 if held or arguments.quick else 1
 
 
