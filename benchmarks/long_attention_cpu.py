@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from farspan.benchmarks.about import about, bullets
@@ -132,6 +131,8 @@ def _milliseconds(found: dict[str, float]) -> str:
 
 
 def plot(rows: list[dict[str, Any]], path: str) -> None:
+    from matplotlib.figure import Figure  # here: processes that measure memory read this file too
+
     figure = Figure(figsize=(11, 4.5), layout="constrained", dpi=110)
     left, right = figure.subplots(1, 2)
     for name in rows[0]["memory"]:
