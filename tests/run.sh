@@ -20,7 +20,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-ready = all(find_spec(name) for name in ("hypothesis", "mypy", "pytest", "pytest_timeout", "ruff", "transformers"))
+ready = all(find_spec(name) for name in ("hypothesis", "matplotlib", "mypy", "pytest", "pytest_timeout", "ruff", "transformers"))
 spec = find_spec("farspan")
 sys.exit(not (ready and spec and Path(spec.origin).resolve().parent == Path(sys.argv[1])))
 PYTHON

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..threads import for_each
 from .selection import BLOCK, EPSILON, Options, Selection, block_means, by_column, low_resolution_logits
 
 # Numbers that selected blocks give to keys and values, of the matrices worked on at once: memory is bounded whatever
@@ -41,8 +42,11 @@ class _Blocks(torch.autograd.Function):
         y = torch.empty(v.shape, dtype=q.dtype, device=q.device)
         # Not the logarithm of the sum added to the maximum: beside a large one it would lose its digits.
         norms = y.new_empty(2, n, h, -(-l // BLOCK) * BLOCK, dtype=dtype) if keep else None
-        lists = []
-        for part in _parts(q, v, options):
+        parts = _parts(q, v, options)
+        lists: list[tuple[Tensor, Tensor]] = [(y, y)] * len(parts)
+
+        def attend(number: int) -> None:
+            part = parts[number]
             matrices = _Matrices.of(q[part], k[part], v[part], None if mask is None else mask[part[0]], dtype)
             means = matrices.means()
             selection = Selection.of(low_resolution_logits(means[0], means[1]), matrices.counts, options)
@@ -52,9 +56,11 @@ class _Blocks(torch.autograd.Function):
             if norms is not None:
                 for whole, norm in zip(norms, norms_of_part, strict=True):
                     whole[part] = norm.view_as(whole[part])
-                lists += [selection.pointers.int(), selection.columns.int()]
+                lists[number] = selection.pointers.int(), selection.columns.int()
+
+        for_each(attend, range(len(parts)), q.device)
         if keep:
-            ctx.save_for_backward(q, k, v, mask, y, norms, *lists)
+            ctx.save_for_backward(q, k, v, mask, y, norms, *(x for pair in lists for x in pair))
             ctx.options = options
         return y
 
@@ -63,20 +69,24 @@ class _Blocks(torch.autograd.Function):
     def backward(ctx: Any, of_y: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, v, mask, y, norms, *lists = ctx.saved_tensors
         gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
-        room = None
-        for i, part in enumerate(_parts(q, v, ctx.options)):
+        parts = _parts(q, v, ctx.options)
+
+        def differentiate(i: int) -> None:
+            part = parts[i]
             matrices = _Matrices.of(q[part], k[part], v[part], None if mask is None else mask[part[0]], norms.dtype)
             selection = Selection(lists[2 * i].long(), lists[2 * i + 1].long())
             coarse = None if ctx.options.sparse else _Coarse.of(matrices, selection, matrices.means())
             rows = _Rows.of(selection, q.shape[3] + v.shape[3])
-            room = room or _Given.make_room(matrices, selection)
-            given = _Given(room, (torch.zeros_like(matrices.k), torch.zeros_like(matrices.v)), rows.columns)
+            totals = (torch.zeros_like(matrices.k), torch.zeros_like(matrices.v))
+            given = _Given(_Given.make_room(matrices, selection), totals, rows.columns)
             maximum, sums = (x[part].reshape(-1, BLOCK, 1) for x in norms)
             of_part = matrices.take(of_y[part]).div_(sums)
             delta = (of_part * matrices.take(y[part])).sum(2, keepdim=True)
             results = _differentiate(matrices, rows, coarse, given, maximum, of_part, delta)
             for whole, result in zip(gradients, results, strict=True):
                 matrices.put(result, whole[part])
+
+        for_each(differentiate, range(len(parts)), q.device)
         return *gradients, None, None, None
 
 
@@ -84,6 +94,8 @@ def _parts(q: Tensor, v: Tensor, options: Options) -> list[tuple[slice, slice]]:
     """What is worked on at once: some rows of the batch with all heads, or some heads of a row."""
     n, h, _, d = q.shape
     together = max(1, GIVEN // (options.budget * BLOCK * (d + v.shape[3])))
+    if q.device.type == "cpu":  # each thread should have some
+        together = min(together, max(1, n * h // torch.get_num_threads()))
     if together >= h:
         step = together // max(h, 1)
         return [(slice(at, at + step), slice(None)) for at in range(0, n, step)]

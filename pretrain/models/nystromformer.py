@@ -111,7 +111,12 @@ class Nystromformer(ApproximateModel):
 
     @classmethod
     def stock_fields(cls, fields: Mapping[str, Any]) -> dict[str, Any]:
-        released: dict[str, Any] = {"num_landmarks": 64, "segment_means_seq_len": 64, "conv_kernel_size": 65, "type_vocab_size": 2}
+        released: dict[str, Any] = {
+            "num_landmarks": 64,
+            "segment_means_seq_len": 64,
+            "conv_kernel_size": 65,
+            "type_vocab_size": 2,
+        }
         released |= {"inv_coeff_init_option": False, "hidden_act": "gelu_new", "max_position_embeddings": 510}
         found = {name: fields.get(name, value) for name, value in released.items()}
         if _swapped(found["num_landmarks"], found["segment_means_seq_len"]):
