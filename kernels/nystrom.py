@@ -53,10 +53,12 @@ def nystrom_attention(
     Softmaxes and the pseudo-inverse are computed in float32 at least, products in the dtype of the inputs.
     ValueError: landmarks is less than 1, or the mask no [n, l] bool.
     """
-    _check(q, mask)
+    _check(q, mask, k, v)
     answered = mask
     if mask is not None and padding_counts:
         answered = mask.any(1, keepdim=True)
+    elif mask is not None:  # what is not finite there must not meet a weight of zero
+        q, k, v = (x.masked_fill(~mask[:, None, :, None], 0) for x in (q, k, v))
     if exact or q.shape[2] <= landmarks:
         y = _attend(q, k, v, mask)
     else:
@@ -78,7 +80,7 @@ def largest_column_sum(
 
     Arguments as of ``nystrom_attention`` → scalar in float32 at least, 0 where there are no landmarks (l is not more).
     """
-    _check(q, mask)
+    _check(q, mask, k)
     if q.shape[2] <= landmarks:
         return torch.zeros((), dtype=_wide(q), device=q.device)
     return column_maximum(Landmarks.of(q, k, landmarks, None if padding_counts else mask).kernel()).amax()
@@ -141,10 +143,13 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor | None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=keys)
 
 
-def _check(x: Tensor, mask: Tensor | None) -> None:
+def _check(x: Tensor, mask: Tensor | None, *others: Tensor) -> None:
     expected = [x.shape[0], x.shape[2]]
     if mask is not None and (mask.dtype != torch.bool or list(mask.shape) != expected):
         raise ValueError(f"the mask is {mask.dtype} {list(mask.shape)}, must be torch.bool {expected} (rows, tokens)")
+    if any(y.shape[:3] != x.shape[:3] for y in others) or (others and others[0].shape[3] != x.shape[3]):
+        shapes = ", ".join(str(list(y.shape)) for y in (x, *others))
+        raise ValueError(f"queries, keys and values are {shapes}: must agree in rows, heads, tokens (and features)")
 
 
 class _Convolution(torch.autograd.Function):

@@ -114,6 +114,7 @@ class HuggingFaceFolder:
         fields = {name: self.config[name] for name in cls.config_class.model_fields if name in self.config}
         if self.config["model_type"] == cls.name:
             fields |= cls.stock_fields(self.config)
+        fields = {name: value for name, value in fields.items() if name not in cls.unapplied_fields}
         fields["model_type"] = cls.name
         if self.config.get("pad_token_id", "missing") is None:
             fields["pad_token_id"] = None
@@ -220,9 +221,11 @@ def export_config(
     code: OwnCode | None,
 ) -> dict[str, Any]:
     """The config.json of an export: ours over the fields of the folder it came from, if it came from one (which leaves
-    out what every configuration has by default)."""
+    out what every configuration has by default); what is not applied as it came."""
     fields = dict(source)
     for name, value in config.model_dump().items():
+        if name in cls.unapplied_fields and name in source:
+            continue
         missing = value == cls.config_class.model_fields[name].default and (source or value is None)
         if name in fields or not missing:
             fields[name] = value

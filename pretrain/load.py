@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,8 @@ def load(path: str | Path, *, device: torch.device | str = "cpu") -> LoadedModel
     if (folder / "config.json").is_file():
         source = HuggingFaceFolder(folder)
         cls, config, heads = source.model()
+        if note := cls.import_note(source.config):
+            warnings.warn(f"{folder}: {note}", stacklevel=2)
         tensors, network = source.logical_tensors(cls, config, heads), build(cls, config, heads)
         with torch.no_grad():
             for name, parameter in network.named_parameters():

@@ -275,3 +275,10 @@ def test_models_that_cannot_be_measured(text: Path, tmp_path: Path, capsys: pyte
     )
     run = checkpoint(tmp_path / "c", "mra")
     assert f"--lengths 97: this model has positions for {POSITIONS}" in refused(run, "--lengths", 97)
+
+
+def test_a_file_in_the_place_of_the_folder_is_told_first(tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    assert main(["bench", "approximation", "--lengths", "64", "--out", str(tmp_path / "file")]) == 2
+    assert f"{tmp_path / 'file'} is a file: give a folder with --out" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"

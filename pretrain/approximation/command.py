@@ -61,6 +61,8 @@ def run(args: argparse.Namespace) -> None:
     existing = [args.out / name for name in FILES if (args.out / name).exists()]
     if existing and not args.replace:
         raise ValueError(f"{existing[0]} is there already: give another folder with --out, or --replace")
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"{args.out} is a file: give a folder with --out")
     results = measure(args)
     print("\n".join(lines_of(results)))
     note = write(results, args.out)

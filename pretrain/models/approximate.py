@@ -80,6 +80,7 @@ class ApproximateAttention(MultiHeadAttention):
 
 class ApproximateModel(BertModel):
     embedding_norm = True
+    unapplied_fields = ("attention_probs_dropout_prob",)
     config: ApproximateConfig
 
     def make_attention(self, index: int) -> ApproximateAttention:
@@ -96,8 +97,7 @@ class ApproximateModel(BertModel):
 
     @classmethod
     def stock_fields(cls, fields: Mapping[str, Any]) -> dict[str, Any]:
-        # Whatever dropout of the weights a released configuration names is never applied.
-        return {"padding_counts": fields.get("padding_counts", True), "attention_probs_dropout_prob": 0.0}
+        return {"padding_counts": fields.get("padding_counts", True)}
 
     @classmethod
     def huggingface_keys(cls, config: ModelConfig, heads: tuple[str, ...]) -> HuggingFaceKeys:

@@ -163,6 +163,7 @@ class LanguageModel(nn.Module):
     config_class: ClassVar[type[ModelConfig]]
     own_code: ClassVar[OwnCode | None] = None  # files that an export carries
     heads_allowed: ClassVar[tuple[str, ...]] = ("lm",)
+    unapplied_fields: ClassVar[tuple[str, ...]] = ()  # of stock configurations, which no released code applies
     has_cache: ClassVar[bool] = False  # whether tokens can be given a few at a time (see Cache)
     embeddings: Embeddings  # on the first stage
     lm_head: LanguageModelHead  # on the last, where the heads include it

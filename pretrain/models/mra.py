@@ -82,8 +82,9 @@ class Mra(ApproximateModel):
     @classmethod
     def stock_note(cls, config: ModelConfig) -> str:
         return (
-            "the stock mra classes need their CUDA kernel (without it their attention is zero) and rows of "
-            "max_position_embeddings tokens; an export without --stock needs neither"
+            "the stock mra classes need their CUDA kernel (without it their attention is zero), rows of "
+            "max_position_embeddings tokens, and the same padding in all rows of a batch; an export without --stock "
+            "needs none of these"
         )
 
     @classmethod

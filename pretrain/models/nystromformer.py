@@ -20,6 +20,11 @@ from .huggingface_keys import HuggingFaceKeys, Source
 from .transformer import transformer_flops_per_row
 
 PINV_PRODUCTS = 6 * 4  # of matrices of landmarks × landmarks
+# What a stock config.json that leaves a field out stands for, where that is not the default here.
+RELEASED: dict[str, Any] = {
+    "num_landmarks": 64, "segment_means_seq_len": 64, "conv_kernel_size": 65, "inv_coeff_init_option": False,
+    "max_position_embeddings": 510, "hidden_act": "gelu_new", "type_vocab_size": 2,
+}  # fmt: skip
 
 
 class NystromformerConfig(ApproximateConfig):
@@ -111,14 +116,7 @@ class Nystromformer(ApproximateModel):
 
     @classmethod
     def stock_fields(cls, fields: Mapping[str, Any]) -> dict[str, Any]:
-        released: dict[str, Any] = {
-            "num_landmarks": 64,
-            "segment_means_seq_len": 64,
-            "conv_kernel_size": 65,
-            "type_vocab_size": 2,
-        }
-        released |= {"inv_coeff_init_option": False, "hidden_act": "gelu_new", "max_position_embeddings": 510}
-        found = {name: fields.get(name, value) for name, value in released.items()}
+        found = {name: fields.get(name, value) for name, value in RELEASED.items()}
         if _swapped(found["num_landmarks"], found["segment_means_seq_len"]):
             swapped = found["segment_means_seq_len"], found["num_landmarks"]
             found["num_landmarks"], found["segment_means_seq_len"] = swapped
@@ -128,7 +126,7 @@ class Nystromformer(ApproximateModel):
 
     @classmethod
     def import_note(cls, fields: Mapping[str, Any]) -> str | None:
-        landmarks, length = fields.get("num_landmarks"), fields.get("segment_means_seq_len")
+        landmarks, length = ((RELEASED | dict(fields))[name] for name in ("num_landmarks", "segment_means_seq_len"))
         if not _swapped(landmarks, length):
             return None
         return (
@@ -144,6 +142,16 @@ class Nystromformer(ApproximateModel):
         if not config.padding_counts and not (config.exact and config.conv_kernel_size is None):
             return "they average and convolve padding with the tokens beside it"
         return None
+
+    @classmethod
+    def stock_note(cls, config: ModelConfig) -> str | None:
+        assert isinstance(config, NystromformerConfig)
+        limits = []
+        if not config.exact:
+            limits.append(f"take rows of {config.segment_means_seq_len} tokens only, in transformers 5 without padding")
+        if config.conv_kernel_size is None:
+            limits.append("of transformers 5 do not take a conv_kernel_size of null")
+        return f"the stock nystromformer classes {' and '.join(limits)}" if limits else None
 
     @classmethod
     def huggingface_keys(cls, config: ModelConfig, heads: tuple[str, ...]) -> HuggingFaceKeys:

@@ -346,3 +346,24 @@ def test_one_line_errors() -> None:
 
 def test_segments() -> None:
     assert [segment(l, 64) for l in (1, 64, 65, 128, 512, 4096)] == [1, 1, 2, 2, 8, 64]
+
+
+@pytest.mark.parametrize("landmarks", [4, 40])
+def test_what_is_not_finite_in_padding_stays_there(landmarks: int) -> None:
+    q, k, v = torch.randn(3, 2, 3, 20, 8, generator=torch.Generator().manual_seed(1)).unbind(0)
+    mask = torch.ones(2, 20, dtype=torch.bool)
+    mask[0, 5:9] = False
+    clean = nystrom_attention(q, k, v, landmarks=landmarks, mask=mask)
+    for x in (q, k, v):
+        x[0, :, 5:9] = torch.nan
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    y = nystrom_attention(*inputs, landmarks=landmarks, mask=mask)
+    assert torch.equal(y, clean)
+    y.square().sum().backward()
+    assert all(x.grad.isfinite().all() for x in inputs)
+
+
+def test_shapes_that_do_not_fit_are_told() -> None:
+    q = torch.zeros(1, 2, 20, 8)
+    with pytest.raises(ValueError, match=r"are \[1, 2, 20, 8\], \[1, 2, 21, 8\], \[1, 2, 20, 8\]: must agree in rows"):
+        nystrom_attention(q, torch.zeros(1, 2, 21, 8), q, landmarks=4)

@@ -15,6 +15,7 @@ from models import Description
 import farspan.pretrain.models.nystromformer
 from farspan import load
 from farspan.launch.cli import main
+from farspan.pretrain.huggingface import from_huggingface, to_huggingface
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 LANDMARKS = {"num_landmarks": 4, "segment_means_seq_len": 16, "conv_kernel_size": 5}
@@ -77,7 +78,8 @@ def edited(tmp_path: Path, **fields) -> Path:
 
 def test_swapped_fields_of_published_files_are_recognised_and_said(tmp_path, capfd):
     folder = edited(tmp_path, num_landmarks=64, segment_means_seq_len=8)
-    config = load(folder).config
+    with pytest.warns(UserWarning, match="num_landmarks 64 and segment_means_seq_len 8 are swapped"):
+        config = load(folder).config
     assert (config.num_landmarks, config.segment_means_seq_len) == (8, 64)
     assert main(["convert", "from-hf", str(folder), str(tmp_path / "checkpoint")]) == 0
     assert capfd.readouterr().err == (
@@ -89,7 +91,14 @@ def test_swapped_fields_of_published_files_are_recognised_and_said(tmp_path, cap
 
 
 def test_a_stock_configuration_is_read_as_stock_code_reads_it(tmp_path):
-    config = load(edited(tmp_path, inv_coeff_init_option="missing", attention_probs_dropout_prob=0.1)).config
+    folder = edited(tmp_path, inv_coeff_init_option="missing", attention_probs_dropout_prob=0.1)
+    config = load(folder).config
+    from_huggingface(folder, tmp_path / "checkpoint")
+    to_huggingface(tmp_path / "checkpoint", tmp_path / "hf")  # what is not applied comes back as it was
+    assert json.loads((tmp_path / "hf/config.json").read_text())["attention_probs_dropout_prob"] == 0.1
+    assert load(tmp_path / "hf").config == config
+    with pytest.warns(UserWarning, match="num_landmarks 64 and segment_means_seq_len 16 are swapped"):
+        load(edited(tmp_path / "4", num_landmarks="missing", segment_means_seq_len=16))
     assert (config.inv_coeff_init_option, config.padding_counts, config.attention_probs_dropout_prob) == (
         False,
         True,
