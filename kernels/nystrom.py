@@ -51,14 +51,14 @@ def nystrom_attention(
 
     Of its padding at the end a row's result depends only on the segments' length that follows from l.
     Softmaxes and the pseudo-inverse are computed in float32 at least, products in the dtype of the inputs.
-    ValueError: landmarks is less than 1, or the mask no [n, l] bool.
+    ValueError: landmarks is less than 1, shapes that do not fit, or the mask no [n, l] bool.
     """
     _check(q, mask, k, v)
     answered = mask
     if mask is not None and padding_counts:
         answered = mask.any(1, keepdim=True)
     elif mask is not None:  # what is not finite there must not meet a weight of zero
-        q, k, v = (x.masked_fill(~mask[:, None, :, None], 0) for x in (q, k, v))
+        q, k, v = (_real(x, mask) for x in (q, k, v))
     if exact or q.shape[2] <= landmarks:
         y = _attend(q, k, v, mask)
     else:
@@ -83,7 +83,9 @@ def largest_column_sum(
     _check(q, mask, k)
     if q.shape[2] <= landmarks:
         return torch.zeros((), dtype=_wide(q), device=q.device)
-    return column_maximum(Landmarks.of(q, k, landmarks, None if padding_counts else mask).kernel()).amax()
+    if mask is None or padding_counts:
+        return column_maximum(Landmarks.of(q, k, landmarks, None).kernel()).amax()
+    return column_maximum(Landmarks.of(_real(q, mask), _real(k, mask), landmarks, mask).kernel()).amax()
 
 
 def position_convolution(v: Tensor, weight: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -108,13 +110,13 @@ class Landmarks:
 
     @staticmethod
     def of(q: Tensor, k: Tensor, landmarks: int, mask: Tensor | None) -> Landmarks:
+        """q, k: [n, h, l, d], zero where the mask [n, l] is false."""
         s = segment(q.shape[2], landmarks)
         if mask is None:
             counts = _segment_sums(torch.ones_like(q[:1, :1, :, :1]), s)
             return Landmarks(_segment_sums(q, s) / counts, _segment_sums(k, s) / counts, None)
-        real = mask[:, None, :, None]
-        counts = _segment_sums(real, s)
-        q, k = (_segment_sums(x.masked_fill(~real, 0), s) / counts.clamp(min=1) for x in (q, k))
+        counts = _segment_sums(mask[:, None, :, None], s)
+        q, k = (_segment_sums(x, s) / counts.clamp(min=1) for x in (q, k))
         return Landmarks(q, k, counts[:, 0, :, 0] > 0)
 
     def kernel(self) -> Tensor:
@@ -170,7 +172,7 @@ class _Convolution(torch.autograd.Function):
         of_v = of_weight = None
         if ctx.needs_input_grad[0]:
             of_v = _convolve(gradient, weight.flip(1), None)
-            of_v = of_v if mask is None else of_v.masked_fill(~mask[:, None, :, None], 0)
+            of_v = of_v if mask is None else _real(of_v, mask)
         if ctx.needs_input_grad[1]:
             (y,) = _windows(gradient, 1, None)
             matrix = torch.cat([y @ x.transpose(1, 2) for x in _windows(v, weight.shape[1], mask)], 2)
@@ -197,12 +199,17 @@ def _windows(v: Tensor, c: int, mask: Tensor | None) -> list[Tensor]:
     """What a block of the result is made from: v's block that begins c // 2 earlier, the one after it, ..., each for
     all blocks, [h, BLOCK, blocks · n · d]."""
     if mask is not None:
-        v = v.masked_fill(~mask[:, None, :, None], 0)
+        v = _real(v, mask)
     n, _, l, d = v.shape
     blocks, more = -(-l // BLOCK), -(-(c - 1) // BLOCK)
     v = F.pad(v, (0, 0, c // 2, (blocks + more) * BLOCK - l - c // 2)).unflatten(2, (-1, BLOCK))
     x = v.permute(1, 3, 2, 0, 4).flatten(2)
     return [x.narrow(2, first * n * d, blocks * n * d) for first in range(1 + more)]
+
+
+def _real(x: Tensor, mask: Tensor) -> Tensor:
+    """x [n, h, l, d] with zeros where the mask [n, l] is false."""
+    return x.masked_fill(~mask[:, None, :, None], 0)
 
 
 def _wide(x: Tensor) -> torch.dtype:

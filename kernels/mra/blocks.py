@@ -61,7 +61,7 @@ class _Blocks(torch.autograd.Function):
         for_each(attend, range(len(parts)), q.device)
         if keep:
             ctx.save_for_backward(q, k, v, mask, y, norms, *(x for pair in lists for x in pair))
-            ctx.options = options
+            ctx.options, ctx.parts = options, parts  # by the lists: the number of threads may change meanwhile
         return y
 
     @staticmethod
@@ -69,7 +69,7 @@ class _Blocks(torch.autograd.Function):
     def backward(ctx: Any, of_y: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, v, mask, y, norms, *lists = ctx.saved_tensors
         gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
-        parts = _parts(q, v, ctx.options)
+        parts = ctx.parts
 
         def differentiate(i: int) -> None:
             part = parts[i]

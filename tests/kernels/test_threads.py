@@ -54,7 +54,20 @@ def test_an_error_is_the_callers(threads: int) -> None:
         for_each(fail, range(5), CPU)
 
 
-def test_attention_gives_the_same_bits_and_works_in_inference_mode(threads: int) -> None:
+def test_the_number_of_threads_may_change_before_the_backward_pass(threads: int) -> None:
+    x = torch.randn(2, 4, 200, 16, generator=torch.Generator().manual_seed(1))
+    gradients = []
+    for then in (threads, 5):
+        torch.set_num_threads(threads)
+        q = x.clone().requires_grad_()
+        y = mra_attention(q, q, q, budget=10)
+        torch.set_num_threads(then)
+        y.square().sum().backward()
+        gradients.append(q.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-6)
+
+
+def test_attention_is_as_on_one_thread_and_works_in_inference_mode(threads: int) -> None:
     q, k, v = torch.randn(3, 2, 4, 200, 16, generator=torch.Generator().manual_seed(1)).unbind(0)
 
     def run() -> list[torch.Tensor]:

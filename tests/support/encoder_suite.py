@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from comparison import assert_close
+from comparison import assert_close, difference
 from models import Description, save_weights
 from reference_suite import ReferenceSuite
 
-from farspan import load
 from farspan.parallel.mesh import Mesh
 from farspan.pretrain import checkpoint as ckpt
 from farspan.pretrain.huggingface import to_huggingface
+from farspan.pretrain.load import LoadedModel
 
 # Fields of an export that a stock folder lacks, or has another value of.
 OURS = ("auto_map", "model_type", "padding_counts", "attention_probs_dropout_prob")
@@ -39,7 +39,7 @@ class EncoderSuite(ReferenceSuite):
         return {key: value for key, value in config.items() if key not in (*OURS, "dtype", "torch_dtype")}
 
     def test_a_row_does_not_depend_on_padding(self, variant: str) -> None:
-        """Alone, beside others, and padded in any place: the same to the last digits."""
+        """Alone and beside others, padded in any place, the same to 1e-6; and without the padding."""
         described = self.described(variant)
         if described.config.mixes_rows:
             pytest.skip("as released")
@@ -53,14 +53,13 @@ class EncoderSuite(ReferenceSuite):
         for row in range(5):
             real = mask[row] == 1
             alone = self.logits(network, ids[row : row + 1], mask[row : row + 1])[0]
-            assert_close(alone[real], together[row][real], f"row {row} alone")
+            found = difference(alone[real], together[row][real])
+            assert found <= 1e-6, f"row {row} alone: {found:.1e}"
             if row in (0, 1, 4):  # elsewhere positions would differ
                 bare = self.logits(network, ids[row : row + 1, real], None)[0]
                 assert_close(bare, together[row][real], f"row {row} without padding")
 
     def logits(self, network: Any, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        from farspan.pretrain.load import LoadedModel
-
         with torch.no_grad():
             return LoadedModel(network)(ids, mask).logits
 
@@ -72,9 +71,3 @@ def exported(described: Description, root: Path, **options: Any) -> tuple[dict[s
     saved = save_weights(described.filled(mesh), mesh, root, manifest)
     said = to_huggingface(saved, root / "hf", **options)
     return json.loads((root / "hf/config.json").read_text()), said
-
-
-def loaded(folder: Path, config: dict[str, Any]) -> Any:
-    """A folder's model after its config.json was replaced."""
-    (folder / "config.json").write_text(json.dumps(config))
-    return load(folder)

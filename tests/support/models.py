@@ -49,9 +49,10 @@ class Description:
     @property
     def config(self) -> ModelConfig:
         kind = architecture(self.model_type).config_class
-        # Where no dropout of the weights is the default, there is none.
-        tiny = {n: v for n, v in TINY.items() if n in kind.model_fields and kind.model_fields[n].default != 0.0}
-        return kind(**tiny | {n: TINY[n] for n in ("vocab_size",)} | self.fields)
+        tiny = {name: value for name, value in TINY.items() if name in kind.model_fields}
+        if (weights := "attention_probs_dropout_prob") in tiny and kind.model_fields[weights].default == 0:
+            del tiny[weights]  # an architecture that has none
+        return kind(**tiny | self.fields)
 
     @property
     def heads(self) -> tuple[str, ...]:
