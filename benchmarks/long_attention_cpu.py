@@ -164,7 +164,7 @@ def report(rows: list[dict[str, Any]], lines: list[str], held: bool, where: dict
         "the rounds (lowest–highest). Peak memory is what a pass adds in a fresh process to inputs and the output's",
         "gradient. Load: how many processes wanted to run before a row was timed. How far the results are from exact",
         "attention: [approximation.md](approximation.md).",
-        "`python benchmarks/long_attention_cpu.py --out benchmarks/long_attention_cpu`",
+        f"`python benchmarks/long_attention_cpu.py --threads {where['threads']} --out benchmarks/long_attention_cpu`",
         "",
         f"Asked for: less time than exact attention from {CHEAPER_FROM:,} tokens on, and at most {GROWTH:g} times the",
         f"memory at 32,768 tokens that there is at 8,192: {'held' if held else 'NOT HELD'}.",
