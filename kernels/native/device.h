@@ -272,6 +272,15 @@ int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, 
 
 }  // namespace farspan
 
+// 0, or why kernels cannot run: a driver older than the compiler, for one.
+extern "C" inline __attribute__((used, visibility("default"))) int farspan_probe() {
+#if defined(__CUDACC__)
+    return static_cast<int>(cudaFree(nullptr));
+#else
+    return 0;
+#endif
+}
+
 extern "C" inline __attribute__((used, visibility("default"))) const char* farspan_error(int code) {
 #if defined(__CUDACC__)
     return cudaGetErrorString(static_cast<cudaError_t>(code));
