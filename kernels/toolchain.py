@@ -100,7 +100,7 @@ def flags(target: Target) -> tuple[str, ...]:
     if target.kind != "cuda":
         return _FLAGS[target.kind]
     number = target.architecture.removeprefix("sm_")
-    known = _architectures(compiler(target))
+    known = architectures(compiler(target))
     if not known or number in known:
         return (*_FLAGS["cuda"], "-gencode", f"arch=compute_{number},code=sm_{number}")
     # A GPU newer than the compiler takes the newest intermediate code and translates it itself.
@@ -113,7 +113,8 @@ def flags(target: Target) -> tuple[str, ...]:
 
 
 @functools.cache
-def _architectures(nvcc: str) -> tuple[str, ...]:
+def architectures(nvcc: str) -> tuple[str, ...]:
+    """Numbers of the compute capabilities that it compiles for, such as "90"."""
     done = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False)
     return tuple(re.findall(r"compute_(\d+)", done.stdout))
 

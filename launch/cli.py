@@ -1,4 +1,4 @@
-"""The command line: ``farspan prepare | train | convert | bench | version``.
+"""The command line: ``farspan prepare | train | convert | bench | kernels | doctor | version``.
 
 Whatever is slow to import is imported inside the command that needs it, so that ``farspan --help`` answers at once.
 """
@@ -155,6 +155,23 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
 
         add_approximation_arguments(approximation)
 
+    kernels = commands.add_parser("kernels", help="compile the fused kernels ahead, see which there are")
+    kernels.set_defaults(parser=kernels)
+    actions = kernels.add_subparsers(title="actions", metavar="ACTION", required=True)
+    build = actions.add_parser("build", help="compile ahead, also where there is no GPU", formatter_class=raw)
+    build.set_defaults(run=_build_kernels, parser=build)
+    show = actions.add_parser("list", help="what is in the cache")
+    show.set_defaults(run=_list_kernels, parser=show)
+    if command == "kernels":
+        from . import kernels as command_of_kernels
+
+        build.description = command_of_kernels.BUILD
+        command_of_kernels.add_build_arguments(build)
+        command_of_kernels.add_list_arguments(show)
+
+    doctor = commands.add_parser("doctor", help="what this machine has, and which kernels would run here")
+    doctor.set_defaults(run=_doctor, parser=doctor)
+
     version = commands.add_parser("version", help="print the versions of Farspan and of what it stands on")
     version.set_defaults(run=_version, parser=version)
     return parser
@@ -244,6 +261,24 @@ def _approximation(args: argparse.Namespace) -> None:
     from ..pretrain.approximation.command import run
 
     run(args)
+
+
+def _build_kernels(args: argparse.Namespace) -> int:
+    from .kernels import build
+
+    return build(args)
+
+
+def _list_kernels(args: argparse.Namespace) -> None:
+    from .kernels import show
+
+    show(args)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from .doctor import run
+
+    return run()
 
 
 def _version(args: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ import torch
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
 
+from ..kernels.forms import Mode
 from ..parallel.loss_scale import LossScale
 from .models import ARCHITECTURES, architecture
 from .models.base import Recompute
@@ -177,6 +178,22 @@ class CheckpointConfig(Section):
     initialize_from: str | None = Field(None, description="checkpoint whose weights a new run starts from")
 
 
+class KernelsConfig(Section):
+    """Which form the hot operations run in; a run may go on with another."""
+
+    mode: Mode = Field(
+        "auto",
+        description="auto: compiled where that can be had, with a line where it cannot; require: or stop; reference: "
+        "PyTorch; FARSPAN_KERNELS in the environment comes first",
+    )
+    cache: str | None = Field(
+        None, description="folder of compiled kernels; null: FARSPAN_KERNEL_CACHE, or ~/.cache/farspan/kernels"
+    )
+    build_timeout_seconds: float = Field(
+        600.0, gt=0, description="how long a compiler may take, and how long ranks wait for the one that builds"
+    )
+
+
 class LoggingConfig(Section):
     """What is written while training."""
 
@@ -214,6 +231,7 @@ class Config(Section):
     parallel: ParallelConfig = ParallelConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    kernels: KernelsConfig = KernelsConfig()
     logging: LoggingConfig = LoggingConfig()
 
     @model_validator(mode="after")

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..kernels import forms
 from ..kernels.dropout import DropoutKey
 from ..parallel.engine import Engine
 from ..parallel.loss_scale import LossScale
@@ -86,6 +87,14 @@ def loader_of(objective: Objective, mesh: Mesh, sizes: BatchSizes, *, prefetch: 
         prefetch=prefetch,
         pin_memory=mesh.device.type == "cuda",
     )
+
+
+def prepare_kernels(config: Config, mesh: Mesh) -> str:
+    """Build or load what the model's operations run in, on every rank; a line that says it.  ValueError: one cannot be
+    had, and the configuration requires it."""
+    kernels = config.kernels
+    forms.configure(kernels.mode, kernels.cache, kernels.build_timeout_seconds)
+    return forms.prepare(architecture(config.model.model_type).operations, mesh.device)
 
 
 def build_engine(config: Config, mesh: Mesh, start: Start, loss: LossFunction) -> Engine:

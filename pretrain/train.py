@@ -36,7 +36,7 @@ def train(config: Config, *, resume: str = "auto", stop_after: int | None = None
 
 
 def _train(config: Config, mesh: Mesh, evaluation: Evaluation, objective: Objective, start: Start, last: int) -> None:
-    loss_function = LossFunction(config.heads)
+    loss_function, kernels = LossFunction(config.heads), run.prepare_kernels(config, mesh)
     engine, watch = run.build_engine(config, mesh, start, loss_function), run.watch_of(config, start)
     training, save = config.training, config.checkpoint
     if mesh.is_writer:
@@ -54,6 +54,7 @@ def _train(config: Config, mesh: Mesh, evaluation: Evaluation, objective: Object
     )
     with writer, loader:
         writer.message(_greeting(config, mesh, start))
+        writer.message(kernels)
         for step in range(start.step, last):
             began = time.perf_counter()
             batch = loader.batch(step)

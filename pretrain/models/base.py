@@ -165,6 +165,8 @@ class LanguageModel(nn.Module):
     heads_allowed: ClassVar[tuple[str, ...]] = ("lm",)
     unapplied_fields: ClassVar[tuple[str, ...]] = ()  # of stock configurations, which no released code applies
     has_cache: ClassVar[bool] = False  # whether tokens can be given a few at a time (see Cache)
+    # Those of kernels/forms.py that it runs: a run builds them ahead, and says in which form.
+    operations: ClassVar[tuple[str, ...]] = ("dropout", "layer_norm", "activation", "lm_head")
     embeddings: Embeddings  # on the first stage
     lm_head: LanguageModelHead  # on the last, where the heads include it
 

@@ -58,6 +58,7 @@ class Mra(ApproximateModel):
     name = "mra"
     config_class = MraConfig
     own_code = encoder_code("mra", needed=True)
+    operations = (*ApproximateModel.operations, "mra")
     config: MraConfig
 
     def make_attention(self, index: int) -> MraAttention:

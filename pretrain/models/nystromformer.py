@@ -109,6 +109,7 @@ class Nystromformer(ApproximateModel):
     name = "nystromformer"
     config_class = NystromformerConfig
     own_code = encoder_code("nystromformer")
+    operations = (*ApproximateModel.operations, "pinv")
     config: NystromformerConfig
 
     def make_attention(self, index: int) -> NystromAttention:

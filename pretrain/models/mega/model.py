@@ -100,6 +100,7 @@ class Mega(LanguageModel):
     name = "mega"
     config_class = MegaConfig
     has_cache = True
+    operations = (*LanguageModel.operations, "ema")
     own_code = OwnCode(
         tuple(f"mega/{file}_mega.py" for file in ("configuration", "layers", "modeling")),
         "farspan_mega",
