@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -156,7 +157,8 @@ class TestBuilding:
         """Killed while it compiles: its lock is gone with it, what it left is cleared by the next one."""
         slow, started = tmp_path / "c++", tmp_path / "started"
         slow.write_text(
-            f"#!/bin/sh\n[ $1 = --version ] && exec c++ --version\necho $$ > {started}.new; mv {started}.new {started}\nexec sleep 60\n"
+            "#!/bin/sh\n[ $1 = --version ] && exec c++ --version\n"
+            f"echo $$ > {started}.new\nmv {started}.new {started}\nexec sleep 60\n"
         )
         slow.chmod(0o755)
         code = in_another(sources["cpu"], root)
@@ -241,8 +243,12 @@ class TestTrouble:
     def test_a_folder_that_cannot_be_written(
         self, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, root: Path
     ) -> None:
-        def refuse(self: Path, *args: object, **kwargs: object) -> None:
-            raise OSError(30, "Read-only file system", str(self))
+        opened = Path.open
+
+        def refuse(self: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+            if self.parent == root and mode != "rb":
+                raise OSError(30, "Read-only file system", str(self))
+            return opened(self, mode, *args, **kwargs)
 
         root.mkdir()
         if os.geteuid() == 0:  # to whom rights mean nothing
