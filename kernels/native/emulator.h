@@ -357,15 +357,19 @@ inline bool run_block() {
             if (m.fibers[i].state == Fiber::READY) ready.push_back(static_cast<int>(i));
         }
         if (ready.empty()) {
+            size_t stuck = 0;  // rather one of a warp whose other lanes went elsewhere
             for (size_t i = 0; i < m.threads; ++i) {
-                if (m.fibers[i].state != Fiber::DONE) {
-                    m.error = "threads wait for ever: block " + std::to_string(m.block.x) + "," +
-                              std::to_string(m.block.y) + "," + std::to_string(m.block.z) + ", thread " +
-                              std::to_string(i) + " " + describe_wait(m.fibers[i]) + ", " + std::to_string(m.done) +
-                              " of " + std::to_string(m.threads) + " have ended";
-                    return false;
+                if (m.fibers[stuck].state == Fiber::DONE) stuck = i;
+                if (m.fibers[i].state == Fiber::AT_WARP) {
+                    stuck = i;
+                    break;
                 }
             }
+            m.error = "threads wait for ever: block " + std::to_string(m.block.x) + "," + std::to_string(m.block.y) +
+                      "," + std::to_string(m.block.z) + ", thread " + std::to_string(stuck) + " " +
+                      describe_wait(m.fibers[stuck]) + ", " + std::to_string(m.done) + " of " +
+                      std::to_string(m.threads) + " have ended";
+            return false;
         }
         put_in_order(ready);
         for (int i : ready) {
