@@ -109,6 +109,20 @@ FARSPAN_DEVICE Vector<T, N> load(const T* from) {
     return *reinterpret_cast<const Vector<T, N>*>(from);
 }
 
+// The same for 16 bytes that nothing reads again soon: they are the first to leave the caches.
+template <class T, int N>
+FARSPAN_DEVICE Vector<T, N> load_once(const T* from) {
+#if defined(__CUDACC__)
+    static_assert(sizeof(Vector<T, N>) == 16, "load_once moves 16 bytes");
+    const int4 bits = __ldcs(reinterpret_cast<const int4*>(from));
+    Vector<T, N> values;
+    memcpy(&values, &bits, 16);
+    return values;
+#else
+    return load<T, N>(from);
+#endif
+}
+
 template <class T, int N>
 FARSPAN_DEVICE void store(T* to, const Vector<T, N>& values) {
 #if !defined(__CUDACC__)
@@ -249,6 +263,18 @@ int with_dtype(int dtype, F function) {
         default:
             return 1;
     }
+}
+
+// Bytes of shared memory that a block of the current device may have.
+inline size_t shared_limit() {
+#if defined(__CUDACC__)
+    int device = 0, bytes = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    return static_cast<size_t>(bytes);
+#else
+    return 227 * 1024;
+#endif
 }
 
 // Returns 0, or the error's code: see farspan_error.
