@@ -80,10 +80,11 @@ def show(args: argparse.Namespace) -> None:
         return
     for entry in found:
         folder = entry if isinstance(entry, Path) else entry.folder
-        remove = args.remove_unused and (isinstance(entry, Path) or folder.name not in used)
-        if remove:
+        said = _describe(entry, in_use=folder.name in used)
+        if args.remove_unused and (isinstance(entry, Path) or folder.name not in used):
             shutil.rmtree(folder)
-        print(_describe(entry, in_use=folder.name in used) + (": removed" if remove else ""))
+            said += ": removed"
+        print(said)
     print(f"in {root}")
 
 

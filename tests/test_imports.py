@@ -16,7 +16,7 @@ ROOT = Path(farspan.__file__).resolve().parent
 LAYERS = ("launch", "pretrain", "parallel", "kernels")  # each may import itself and what stands after it
 # Packages from outside, beside the standard library.
 THIRD_PARTY = {
-    "kernels": {"torch"},
+    "kernels": {"torch", "ninja"},
     "parallel": {"torch", "megatron", "deepspeed"},
     "pretrain": {
         "torch",
