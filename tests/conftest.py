@@ -10,7 +10,6 @@ pytest.register_assert_rewrite("architecture_suite", "comparison", "encoder_suit
 
 from forking import ForkServer  # noqa: E402
 from ranks import Ranks  # noqa: E402
-from runs import prepare_text  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -32,6 +31,8 @@ def ranks(fork_server: ForkServer) -> Iterator[Ranks]:
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small prepared dataset of real text, to be read only."""
+    from runs import prepare_text  # here: tests of kernels need nothing but torch
+
     return prepare_text(tmp_path_factory.mktemp("prepared"))
 
 
