@@ -94,9 +94,8 @@ inline uint16_t bfloat_of_float(float x) {
 inline float float_of_half(uint16_t bits) {
     const uint32_t sign = (bits & 0x8000u) << 16, exponent = (bits >> 10) & 31u, fraction = bits & 0x3ffu;
     if (exponent == 31) return __uint_as_float(sign | 0x7f800000u | fraction << 13);
-    const float size = exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24)
-                                     : std::ldexp(static_cast<float>(fraction | 0x400u), static_cast<int>(exponent) - 25);
-    return __uint_as_float(sign | __float_as_uint(size));
+    if (exponent != 0) return __uint_as_float(sign | (exponent + 112) << 23 | fraction << 13);
+    return __uint_as_float(sign | __float_as_uint(static_cast<float>(fraction) * 0x1p-24f));
 }
 
 inline uint16_t half_of_float(float x) {

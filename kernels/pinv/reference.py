@@ -1,4 +1,4 @@
-"""The pseudo-inverse of small matrices by iteration (Razavi et al. 2014; arXiv 2102.03902, section 3.2)."""
+"""The iteration and its adjoint in PyTorch, in the dtype of what is given."""
 
 from __future__ import annotations
 
@@ -8,21 +8,9 @@ import torch
 from torch import Tensor
 
 
-def column_maximum(a: Tensor) -> Tensor:
-    """[..., m, m] → [..., 1, 1]: the largest column sum of each matrix, ‖A‖₁ where no entry is negative."""
-    return a.sum(-2, keepdim=True).amax(-1, keepdim=True)
-
-
-def iterative_pinv(a: Tensor, start: Tensor, iterations: int = 6) -> Tensor:
-    """Z ← ¼ Z (13I − AZ (15I − AZ (7I − AZ))) from Z = Aᵀ / start, which comes to A's pseudo-inverse where start is at
-    least ‖A‖₁ ‖A‖∞ (how near six iterations are depends on A's condition: 1e-7 at 7, nowhere at 500).
-
-    a: [..., m, m]; rows and columns that are zero are zero in the result too, transposed.  start: broadcasts with [...,
-    1, 1]; 0, the ``column_maximum`` of a matrix of zeros, counts as 1 → [..., m, m], computed and given in float32 at
-    least.
-    """
-    wide, m = torch.promote_types(a.dtype, torch.float32), a.shape[-1]
-    a, start = a.to(wide), start.to(wide)
+def pinv(a: Tensor, start: Tensor, iterations: int) -> Tensor:
+    """As ``iterative_pinv``."""
+    m = a.shape[-1]
     z = a.transpose(-1, -2) / start.masked_fill(start == 0, 1)
     inverse: Tensor = _Iteration.apply(a.reshape(-1, m, m), z.reshape(-1, m, m), iterations)
     return inverse.view(a.shape)
