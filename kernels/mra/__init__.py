@@ -11,24 +11,27 @@ l_ij = q̂_i · k̂_j / √d of means over the n_i and n_j real tokens of two bl
 query, over real keys alone, and 1e-6 is added to the one below; means divide by n + 1e-6 (both as the released code).
 
 Forms: "reference" is the definition with all scores, the truth for tests; "blocks" works by lists of selected blocks,
-memory linear in them.  A kernel for one device would be chosen in ``_form`` and take the same lists (``selection``).
+memory linear in them; "compiled" does so in CUDA kernels (``fused``) or, on a CPU, in C++ (``compiled_cpu``).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import forms
 from .blocks import blocks
+from .fused import fused
 from .reference import reference
 from .selection import BLOCK, Options
 
 __all__ = ["BLOCK", "DEFAULT", "Form", "block_budget", "mra_attention"]
 
-Form = Literal["reference", "blocks"]
+Form = Literal["reference", "blocks", "compiled"]
 # Of calls that name none; None: the best for the device.
 DEFAULT: Form | None = None
 
@@ -60,7 +63,8 @@ def mra_attention(
     diagonal_blocks: and blocks up to half as many (rounded down) from the diagonal; 0: no such prior.
     Returns [n, h, l, e] in q's dtype, computed in float32 at least, zeros at padding.  The same bits in every run.
 
-    ValueError: shapes that do not fit, a mask that is not bool, a budget below 1, a negative number of blocks.
+    ValueError: shapes that do not fit, a mask that is not bool, a budget below 1, a negative number of blocks; form
+    "compiled" where the device or the mode (``forms``) has none.
     """
     _check(q, k, v, mask, budget, first_blocks, diagonal_blocks)
     nb = -(-q.shape[2] // BLOCK)
@@ -68,7 +72,31 @@ def mra_attention(
     if chosen is None and budget >= nb * nb and q.shape[3] == v.shape[3] and q.device.type == "cpu":
         return _softmax(q, k, v, mask)
     options = Options(min(budget, nb * nb), sparse, first_blocks, diagonal_blocks)
-    return {"reference": reference, "blocks": blocks}[chosen or "blocks"](q, k, v, mask, options)
+    return _function(chosen, q)(q, k, v, mask, options)
+
+
+def _function(form: Form | None, q: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor | None, Options], Tensor]:
+    if form in ("reference", "blocks"):
+        return reference if form == "reference" else blocks
+    if q.dtype == torch.float64 and form is None:
+        return blocks
+    if forms.compiled("mra", q.device):
+        return _compiled_cpu() if _in_cpp(q.device) else fused
+    if form is not None:
+        raise ValueError(f"form compiled: mra has none on {q.device} in mode {forms.current_mode()}: use blocks")
+    return blocks
+
+
+@torch.compiler.assume_constant_result
+def _in_cpp(device: torch.device) -> bool:
+    """Of a device with a compiled form: whether it takes threads, not a stream."""
+    return forms.library("mra", device).threads
+
+
+def _compiled_cpu() -> Callable[[Tensor, Tensor, Tensor, Tensor | None, Options], Tensor]:
+    from .compiled_cpu import compiled_cpu
+
+    return compiled_cpu
 
 
 def _softmax(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
