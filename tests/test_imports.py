@@ -16,7 +16,7 @@ ROOT = Path(farspan.__file__).resolve().parent
 LAYERS = ("launch", "pretrain", "parallel", "kernels")  # each may import itself and what stands after it
 # Packages from outside, beside the standard library.
 THIRD_PARTY = {
-    "kernels": {"torch", "ninja"},
+    "kernels": {"torch", "ninja", "apex"},  # apex only where it is installed: nothing depends on it
     "parallel": {"torch", "megatron", "deepspeed"},
     "pretrain": {
         "torch",

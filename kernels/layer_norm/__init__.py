@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import forms
-from ..dropout import threshold
+from ..dropout import dropout_add, threshold
 from ..dropout.ops import computes, is_processors
 from . import ops, reference
 
@@ -25,7 +25,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 
     x: [..., features]; weight, bias: [features], or None for 1 and 0.
     """
-    if _compiled(x, weight, bias, alone=True):
+    if _compiled(x, weight, bias, drops=False):
         return ops.normalised(x, None, weight, bias, None, 0, eps)[1]
     if x.is_cuda and weight is not None and bias is not None and x.dtype == weight.dtype == bias.dtype:
         apex = _apex() if forms.current_mode() == "auto" else None
@@ -43,18 +43,22 @@ def dropout_add_layer_norm(
     dropout).  The sum is rounded to x's dtype before it is normalised.
     A pre-norm block carries the first on and feeds the second to its next branch; a post-norm block uses the second.
     """
-    if residual.shape == x.shape and residual.dtype == x.dtype and _compiled(x, weight, bias):
-        keys, cut = (None, 0) if keys is None or p == 0.0 else (keys, threshold(p))
+    keys, cut = (None, 0) if keys is None or p == 0.0 else (keys, threshold(p))
+    same = residual.shape == x.shape and residual.dtype == x.dtype
+    if same and _compiled(x, weight, bias, drops=keys is not None):
         total, y, _, _ = ops.normalised(x, residual, weight, bias, keys, cut, eps)
         return total, y
-    return reference.dropout_add_layer_norm(x, residual, weight, bias, eps, p, keys)
+    total = dropout_add(x, residual, p, keys)
+    return total, layer_norm(total, weight, bias, eps)
 
 
-def _compiled(x: Tensor, weight: Tensor | None, bias: Tensor | None, *, alone: bool = False) -> bool:
-    if x.dtype == torch.float64 or not forms.compiled(ops.NAME, x.device) or not computes(ops.NAME, x.dtype, x.device):
+def _compiled(x: Tensor, weight: Tensor | None, bias: Tensor | None, *, drops: bool) -> bool:
+    if x.dtype == torch.float64 or not forms.compiled(ops.NAME, x.device):
         return False
-    if alone and is_processors(ops.NAME, x.device):
-        return False  # torch's own is as quick there
+    if not drops and is_processors(ops.NAME, x.device):
+        return False  # without dropout torch's own operations are as quick there
+    if not computes(ops.NAME, x.dtype, x.device):
+        return False
     features, dtypes = x.shape[-1], {t.dtype for t in (weight, bias) if t is not None}
     reason = None
     if not 0 < features <= ops.MOST_FEATURES or features % 8:

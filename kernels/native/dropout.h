@@ -5,9 +5,11 @@
 
 namespace farspan {
 
-// 32 bits for features 2 · pair (the low half) and 2 · pair + 1 (the high half) of the row with this key.
-FARSPAN_HOST_DEVICE uint32_t dropout_pair(uint64_t key, uint32_t pair) {
-    uint32_t h = pair * 0x9E3779B9u + static_cast<uint32_t>(key);
+// 32 bits for features 2 · pair (the low half) and 2 · pair + 1 (the high half) of the row with this key.  Word: uint32_t
+// or a vector of them.
+template <class Word>
+FARSPAN_HOST_DEVICE Word dropout_pair(uint64_t key, Word pair) {
+    Word h = pair * 0x9E3779B9u + static_cast<uint32_t>(key);
     h ^= h >> 16;
     h *= 0x7FEB352Du;
     h ^= static_cast<uint32_t>(key >> 32);
