@@ -74,7 +74,7 @@ def _compiled(x: Tensor, weight: Tensor | None, bias: Tensor | None, *, drops: b
 
 def _shared_memory(device: torch.device) -> int:
     """Bytes that a block may have."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
 
 
 @functools.cache
