@@ -150,10 +150,18 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
     questions = bench.add_subparsers(title="questions", metavar="QUESTION", required=True)
     approximation = questions.add_parser("approximation", help="MRA and Nyström attention against exact attention")
     approximation.set_defaults(run=_approximation, parser=approximation)
+    bench_kernels = questions.add_parser("kernels", help="fused operations against float64, targets and peers")
+    bench_kernels.set_defaults(run=_bench_kernels, parser=bench_kernels)
+    bench_train = questions.add_parser("train", help="training steps of the five architectures beside transformers")
+    bench_train.set_defaults(run=_bench_train, parser=bench_train)
     if command == "bench":
         from ..pretrain.approximation.command import add_arguments as add_approximation_arguments
+        from ..pretrain.bench import kernels as kernels_command
+        from ..pretrain.bench import train as train_command
 
         add_approximation_arguments(approximation)
+        kernels_command.add_arguments(bench_kernels)
+        train_command.add_arguments(bench_train)
 
     kernels = commands.add_parser("kernels", help="compile the fused kernels ahead, see which there are")
     kernels.set_defaults(parser=kernels)
@@ -279,6 +287,18 @@ def _doctor(args: argparse.Namespace) -> int:
     from .doctor import run
 
     return run()
+
+
+def _bench_kernels(args: argparse.Namespace) -> None:
+    from ..pretrain.bench.kernels import run
+
+    run(args)
+
+
+def _bench_train(args: argparse.Namespace) -> None:
+    from ..pretrain.bench.train import run
+
+    run(args)
 
 
 def _version(args: argparse.Namespace) -> None:

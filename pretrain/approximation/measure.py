@@ -97,13 +97,13 @@ def _peak(attention: Attention, file: Path, threads: int) -> int:
     upstream = torch.ones_like(inputs[2])
     small = [x[..., : min(64, x.shape[2]), :].clone() for x in (*inputs, upstream)]
     forward_and_backward(attention, (small[0], small[1], small[2]), small[3])  # what is loaded at first use
-    _forget_peak()
+    forget_peak()
     before = resident("VmRSS")
     forward_and_backward(attention, inputs, upstream)
     return resident("VmHWM") - before
 
 
-def _forget_peak() -> None:
+def forget_peak() -> None:
     """Give what is free back to the system, and start the peak anew."""
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc
         trim(0)

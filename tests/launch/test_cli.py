@@ -118,7 +118,7 @@ def test_help_needs_nothing_slow() -> None:
         slow = {"torch", "numpy", "yaml", "pydantic", "deepspeed", "megatron", "transformers", "datasets", "matplotlib"}
         sys.exit(f"imported {slow & set(sys.modules)}" if slow & set(sys.modules) else 0)
     """
-    helps = (["train"], ["convert", "to-hf"], ["bench", "approximation"], [])
+    helps = (["train"], ["convert", "to-hf"], ["bench", "approximation"], ["bench", "kernels"], ["bench", "train"], [])
     for arguments in (*([*command, "--help"] for command in helps), ["--version"], ["version"]):
         ended = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
         assert (ended.returncode, ended.stderr) == (0, "")
