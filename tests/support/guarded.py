@@ -59,7 +59,7 @@ def guarded_calls(*, at_end: bool) -> Iterator[None]:
         call(self, function, *copies)
         for argument, copy in zip(arguments, copies, strict=True):
             if isinstance(argument, Tensor):
-                argument.detach().copy_(copy)
+                argument.data.copy_(copy)  # not seen by autograd, which would say that an input has changed
 
     Library.call = guarded_call  # type: ignore[method-assign]
     try:
