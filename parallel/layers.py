@@ -11,6 +11,8 @@ in between (norms, biases, small tables) are summed over the group.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -18,8 +20,9 @@ from megatron.core import tensor_parallel
 from megatron.core.model_parallel_config import ModelParallelConfig
 from torch import Tensor, nn
 
+from ..kernels.lm_head import keeps, lm_head_loss, losses_of, shard_gradients, shard_statistics
 from .mappings import copy_to_tensor_region, on_sequence_part, sequence_part
-from .mesh import Mesh
+from .mesh import Axis, Mesh
 from .sharding import Logical, describe
 
 PADDING_LOGIT = -1e30  # exp() of it is 0; -inf in fp16, which does as well
@@ -210,17 +213,40 @@ class VocabParallelHead(nn.Module):
 
         x: [n, features]; labels: [n] int64 in the vocabulary.  Returns two [n] tensors, float32 at least.
         """
-        logits = self.local_logits(x, weight)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        correct = self._correct(logits.detach(), labels) if count_correct else logits.new_zeros(len(labels))
         if self.axis.size == 1:
-            return F.cross_entropy(logits, labels, reduction="none"), correct
-        losses = tensor_parallel.vocab_parallel_cross_entropy(logits.unsqueeze(0).contiguous(), labels.unsqueeze(0))
-        return losses[0], correct
+            return lm_head_loss(x, weight, self.bias, labels, size=self.size, count_correct=count_correct)
+        x, keep = copy_to_tensor_region(x, self.axis), keeps(x, weight, self.bias)
+        return _SplitLoss.apply(x, weight, self.bias, labels, self.axis, self.size, keep, count_correct)  # type: ignore[no-any-return]
 
-    def _correct(self, logits: Tensor, labels: Tensor) -> Tensor:
-        best, index = logits.max(-1)
-        best = self.axis.all_reduce(best.clone(), dist.ReduceOp.MAX)
-        owner = labels - self.axis.rank * self.part == index
-        here = (owner & (logits.gather(-1, index.unsqueeze(-1)).squeeze(-1) == best)).float()
-        return self.axis.all_reduce(here)
+
+class _SplitLoss(torch.autograd.Function):
+    """``lm_head_loss`` with the vocabulary split over an axis: two all-reduces of two numbers a row."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, axis: Axis, size: int, keep: bool,
+        count_correct: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        ctx.shard = {"first": axis.rank * len(weight), "size": size}
+        here, kept = shard_statistics(x, weight, bias, labels, **ctx.shard, keep=keep)
+        maximum, label_logit = axis.all_reduce(torch.stack((here.maximum, here.label_logit)), dist.ReduceOp.MAX)
+        sums = [here.total * (here.maximum - maximum).exp()]
+        if count_correct:
+            # One for the label, less one for every rank before the label's that has as large a logit.
+            owner, found = labels // len(weight), here.maximum == maximum
+            votes = (found & (here.best == labels)).to(maximum.dtype)
+            sums.append(torch.where(found & (axis.rank < owner), -1.0, votes))
+        total, *voted = axis.all_reduce(torch.stack(sums))
+        correct = (voted[0] > 0).to(maximum.dtype) if count_correct else torch.zeros_like(total)
+        ctx.save_for_backward(x, weight, bias, labels, maximum, total, kept)
+        ctx.mark_non_differentiable(correct)
+        return losses_of(maximum, total, label_logit), correct
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, bias, labels, maximum, total, kept = ctx.saved_tensors
+        gradients = shard_gradients(
+            x, weight, bias, labels, **ctx.shard, maximum=maximum, total=total, upstream=upstream, kept=kept,
+            needed=ctx.needs_input_grad[:3],
+        )  # fmt: skip
+        return *gradients, None, None, None, None, None
