@@ -159,10 +159,10 @@ FARSPAN_DEVICE void bits_of_rows(const uint32_t* (&bits)[2], const Lists& lists,
 
 // Gradients of queries: own rows are q and ∂y, met k and v.
 template <class T, int D, bool COARSE>
-__global__ void __launch_bounds__(D ? 128 : 256) differentiate_rows(const Differentiate<T> p) {
+__global__ void __launch_bounds__(D ? 128 : 256, D ? 4 : 1) differentiate_rows(const Differentiate<T> p) {
     const Shape& shape = p.shape;
     const Sizes& s = shape.sizes;
-    const Place place = Place::of<COARSE>(shape);
+    const Place place = Place::of<D, COARSE>(shape);
     const int width = D ? D : shape.width, d = D ? D : s.d, stride = tile_stride<T>(width);
     const uint32_t own_rows = rows_of_tile<COARSE>(p.tokens, s, place.batch, place.tile);
     const int64_t first = static_cast<int64_t>(place.tile) * BLOCK;
@@ -176,7 +176,8 @@ __global__ void __launch_bounds__(D ? 128 : 256) differentiate_rows(const Differ
     };
     copy(q_tile, p.q);
     copy(y_tile, p.of_y);
-    Own<T, D> q{q_tile + place.row * stride, stride, {}}, of_y{y_tile + place.row * stride, stride, {}};
+    Own<T, D / 2> q{q_tile + place.row * stride, stride, {}};
+    const Own<T, 0> of_y{y_tile + place.row * stride, stride, {}};
 
     float of_q[CHUNK / 8][4], maximum[2], inverse[2], delta[2];
     clear(of_q);
@@ -216,11 +217,7 @@ __global__ void __launch_bounds__(D ? 128 : 256) differentiate_rows(const Differ
     };
     const Met<T, 0> met{p.k, p.v, {}, 0};
     const auto tiles = Tiles<COARSE>::of(shape, place, p.tokens, p.lists.pointers, p.lists.columns);
-    const auto ready = [&] {
-        q.keep();
-        of_y.keep();
-    };
-    meet<T, D, COARSE, 0>(shape, place, tiles, met, shared + 2 * tile_bytes<T>(width), ready, work);
+    meet<T, D, COARSE, 0>(shape, place, tiles, met, shared + 2 * tile_bytes<T>(width), [&] { q.keep(); }, work);
     gather_sums(shared, shape, place, of_q);
     if (place.group > 0) return;
     write_gradient<T, D, COARSE>(of_q, p.of_q, p.of_q_mean, shape.scale, shape.scale, own_rows, shape, place);
@@ -228,11 +225,11 @@ __global__ void __launch_bounds__(D ? 128 : 256) differentiate_rows(const Differ
 
 // Gradients of keys and values: own rows are k and v, met q and ∂y.
 template <class T, int D, bool COARSE>
-__global__ void __launch_bounds__(D ? 128 : 256) differentiate_columns(const Differentiate<T> p) {
+__global__ void __launch_bounds__(D ? 128 : 256, D ? 3 : 1) differentiate_columns(const Differentiate<T> p) {
     constexpr int STATISTICS = STATISTICS_OF<COARSE>;
     const Shape& shape = p.shape;
     const Sizes& s = shape.sizes;
-    const Place place = Place::of<COARSE>(shape);
+    const Place place = Place::of<D, COARSE>(shape);
     const int width = D ? D : shape.width, d = D ? D : s.d, stride = tile_stride<T>(width);
     const uint32_t own_rows = rows_of_tile<COARSE>(p.tokens, s, place.batch, place.tile);
     const int64_t first = static_cast<int64_t>(place.tile) * BLOCK;
@@ -246,7 +243,8 @@ __global__ void __launch_bounds__(D ? 128 : 256) differentiate_columns(const Dif
     };
     copy(k_tile, p.k);
     copy(v_tile, p.v);
-    Own<T, D> k{k_tile + place.row * stride, stride, {}}, v{v_tile + place.row * stride, stride, {}};
+    Own<T, D / 2> k{k_tile + place.row * stride, stride, {}};
+    const Own<T, 0> v{v_tile + place.row * stride, stride, {}};
 
     float of_k[CHUNK / 8][4], of_v[CHUNK / 8][4], number[2];
     clear(of_k);
@@ -290,11 +288,7 @@ __global__ void __launch_bounds__(D ? 128 : 256) differentiate_columns(const Dif
     Met<T, STATISTICS> met{p.q, p.of_y, {p.maximum, p.delta}, padded};
     if constexpr (!COARSE) met.statistics[2] = p.inverse;
     const auto tiles = Tiles<COARSE>::of(shape, place, p.tokens, p.lists.pointers, p.lists.columns);
-    const auto ready = [&] {
-        k.keep();
-        v.keep();
-    };
-    meet<T, D, COARSE, STATISTICS>(shape, place, tiles, met, shared + 2 * tile_bytes<T>(width), ready, work);
+    meet<T, D, COARSE, STATISTICS>(shape, place, tiles, met, shared + 2 * tile_bytes<T>(width), [&] { k.keep(); }, work);
     gather_sums(shared, shape, place, of_k);
     gather_sums(shared, shape, place, of_v);
     if (place.group > 0) return;

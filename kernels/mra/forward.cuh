@@ -31,10 +31,10 @@ size_t attend_bytes(const Shape& shape) {
 }
 
 template <class T, int D, bool COARSE>
-__global__ void __launch_bounds__(D ? 128 : 256) attend(const Attend<T> p) {
+__global__ void __launch_bounds__(D ? 128 : 256, D ? 5 : 1) attend(const Attend<T> p) {
     const Shape& shape = p.shape;
     const Sizes& s = shape.sizes;
-    const Place place = Place::of<COARSE>(shape);
+    const Place place = Place::of<D, COARSE>(shape);
     const int width = D ? D : shape.width, d = D ? D : s.d, stride = tile_stride<T>(width);
     const uint32_t own_rows = rows_of_tile<COARSE>(p.tokens, s, place.batch, place.tile);
     const int64_t first = static_cast<int64_t>(place.tile) * BLOCK;
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(D ? 128 : 256) attend(const Attend<T> p) {
         own_tile, p.q.at(place.batch, place.head, first), p.q.strides.token, own_rows, d, width,
         static_cast<int>(threadIdx.x), shape.threads()
     );
-    Own<T, D> own{own_tile + place.row * stride, stride, {}};
+    const Own<T, 0> own{own_tile + place.row * stride, stride, {}};
 
     float y[CHUNK / 8][4], maximum[2] = {minus_infinity(), minus_infinity()}, sums[2] = {0.0f, 0.0f};
     clear(y);
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(D ? 128 : 256) attend(const Attend<T> p) {
     };
     const Met<T, 0> met{p.k, p.v, {}, 0};
     const auto tiles = Tiles<COARSE>::of(shape, place, p.tokens, p.lists.pointers, p.lists.columns);
-    meet<T, D, COARSE, 0>(shape, place, tiles, met, shared + tile_bytes<T>(width), [&] { own.keep(); }, work);
+    meet<T, D, COARSE, 0>(shape, place, tiles, met, shared + tile_bytes<T>(width), [] {}, work);
 
 #pragma unroll
     for (int half = 0; half < 2; ++half) sums[half] = sum_of_row(sums[half]);

@@ -58,7 +58,8 @@ def _shared(device: torch.device) -> int:
 
 @functools.cache
 def _shared_of_gpu(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", 99 << 10))
 
 
 def _like(q: Tensor) -> Tensor:
@@ -153,7 +154,15 @@ def _(
 
 @torch.library.custom_op("farspan::mra_backward", mutates_args=())
 def _backward(
-    q: Tensor, k: Tensor, v: Tensor, y: Tensor, of_y: Tensor, kept: list[Tensor], budget: int, sparse: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    y: Tensor,
+    of_y: Tensor,
+    kept: list[Tensor],
+    budget: int,
+    sparse: bool,
+    masked: bool,
 ) -> list[Tensor]:
     gradients = [torch.empty_like(y) for _ in range(3)]
     n, h, l, d = q.shape
@@ -174,22 +183,31 @@ def _backward(
         scratch(2, n * h, nb * BLOCK, dtype=torch.float32),
         None if sparse else scratch(n * h, words * BLOCK, dtype=torch.float32),
         None if sparse else scratch(4, n * h, nb, d, dtype=torch.float32),
-        *(n, h, l, d, budget, *_strides(q), *_strides(y), d**-0.5, _shared(q.device), forms.dtype_code(q.dtype)),
+        *(n, h, l, d, budget, int(masked), *_strides(q), *_strides(y), d**-0.5),
+        *(_shared(q.device), forms.dtype_code(q.dtype)),
     )
     return gradients
 
 
 @_backward.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, y: Tensor, of_y: Tensor, kept: list[Tensor], budget: int, sparse: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    y: Tensor,
+    of_y: Tensor,
+    kept: list[Tensor],
+    budget: int,
+    sparse: bool,
+    masked: bool,
 ) -> list[Tensor]:
     return [torch.empty_like(y) for _ in range(3)]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    q, k, v, _, budget, sparse, _, _ = inputs
+    q, k, v, mask, budget, sparse, _, _ = inputs
     ctx.save_for_backward(q, k, v, *output)
-    ctx.budget, ctx.sparse = budget, sparse
+    ctx.options = budget, sparse, mask is not None
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -197,7 +215,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 def _differentiate(ctx: Any, of_results: list[Tensor | None]) -> tuple[Tensor | None, ...]:
     q, k, v, y, *kept = ctx.saved_tensors
     of_y = of_results[0]
-    gradients = [None] * 3 if of_y is None else _backward(q, k, v, y, of_y, kept, ctx.budget, ctx.sparse)
+    gradients = [None] * 3 if of_y is None else _backward(q, k, v, y, of_y, kept, *ctx.options)
     return *gradients, None, None, None, None, None
 
 

@@ -7,10 +7,10 @@ namespace mra {
 
 inline unsigned blocks_for(int64_t items, int each) { return static_cast<unsigned>((items + each - 1) / each); }
 
-Sizes sizes_of(int64_t batch, int64_t heads, int64_t length, int64_t d, int64_t budget, int first, int diagonal) {
+Sizes sizes_of(int64_t batch, int64_t heads, int64_t length, int64_t d, int64_t budget, int first, int diagonal, bool masked) {
     const int64_t nb = (length + BLOCK - 1) / BLOCK;
     return {static_cast<int>(batch), static_cast<int>(heads), static_cast<int>(length), static_cast<int>(d),
-            static_cast<int>(nb), static_cast<int>(budget), first, diagonal};
+            static_cast<int>(nb), static_cast<int>(budget), first, diagonal, !masked && length % BLOCK == 0};
 }
 
 // What a launch is given beside tensors.
@@ -84,37 +84,25 @@ int launch_selection(
         return error;
     }
     const uint64_t* const known = keys;
-    const Threshold* found = thresholds;
+    const unsigned threads = SELECT_WARPS * WARP;
     if (parts <= 1) {
-        if (int error = launch(
-                select, matrices, SELECT_WARPS * WARP, select_bytes(), stream, known, thresholds, size, s.budget)) {
-            return error;
-        }
-    } else {
-        const int64_t numbers = static_cast<int64_t>(DIGITS) * number * DIGIT_VALUES;
-        if (int error = launch(clear_histograms, blocks_for(numbers, 256), 256, 0, stream, histograms, numbers)) {
-            return error;
-        }
-        for (int digit = 0; digit <= DIGITS; ++digit) {
-            const int together = digit == DIGITS ? 1 : parts;
-            if (int error = launch(
-                    select_digit, matrices * static_cast<unsigned>(together), SELECT_WARPS * WARP, select_bytes(), stream,
-                    known, thresholds, histograms, size, s.budget, static_cast<int>(number), together, digit)) {
-                return error;
-            }
-        }
-        found = thresholds + (DIGITS - 1) * number;
+        return launch(select, matrices, threads, select_bytes(), stream, known, counts, lists, first_matrix, number, s);
     }
-    int *above = counts, *equal = counts + rows;
-    if (int error = launch(
-            count_rows, blocks_for(rows, LIST_WARPS), LIST_WARPS * WARP, 0, stream, known, found, above, equal, rows, s.nb
-        )) {
-        return error;
+    const int64_t numbers = static_cast<int64_t>(DIGITS) * number * DIGIT_VALUES;
+    int error = launch(clear_histograms, blocks_for(numbers, 256), 256, 0, stream, histograms, numbers);
+    for (int digit = 0; error == 0 && digit <= DIGITS; ++digit) {
+        const int together = digit == DIGITS ? 1 : parts;
+        error = launch(
+            select_digit, matrices * static_cast<unsigned>(together), threads, select_bytes(), stream, known, thresholds,
+            histograms, size, s.budget, static_cast<int>(number), together, digit
+        );
     }
-    return launch(
-        list_rows, blocks_for(rows, LIST_WARPS), LIST_WARPS * WARP, 0, stream, known, found,
-        const_cast<const int*>(above), const_cast<const int*>(equal), lists, first_matrix, rows, s
-    );
+    const Threshold* const found = thresholds + (DIGITS - 1) * number;
+    const unsigned blocks = blocks_for(rows, LIST_WARPS);
+    if (error == 0) error = launch(count_rows, blocks, LIST_WARPS * WARP, 0, stream, known, found, counts, rows, s.nb);
+    if (error != 0) return error;
+    const int* const counted = counts;
+    return launch(list_rows, blocks, LIST_WARPS * WARP, 0, stream, known, found, counted, lists, first_matrix, rows, s);
 }
 
 }  // namespace mra
@@ -133,7 +121,7 @@ using namespace farspan::mra;
 // together, 2] int64, histograms [6, together, 2048] int32 (null where `parts`, the blocks that share a matrix, is 1).
 // shared: bytes of shared memory that the device gives a block, at least those that fused.py asks for.
 FARSPAN_EXPORT int mra_forward(const void* q, const void* k, const void* v, const void* mask, void* y, void* norms, void* tokens, void* bits, void* pointers, void* columns, void* means, void* rest, void* exact, void* rest_values, void* keys, void* counts, void* thresholds, void* histograms, int64_t batch, int64_t heads, int64_t length, int64_t d, int64_t budget, int first, int diagonal, int64_t in_batch, int64_t in_head, int64_t in_token, int64_t out_batch, int64_t out_head, int64_t out_token, float scale, int64_t together, int parts, int shared, int dtype, void* stream) {
-    const Sizes s = sizes_of(batch, heads, length, d, budget, first, diagonal);
+    const Sizes s = sizes_of(batch, heads, length, d, budget, first, diagonal, mask != nullptr);
     const int64_t matrices = s.matrices(), of_means = matrices * s.nb * d, of_rows = matrices * s.nb * BLOCK;
     const Plan plan{scale, list_is_long(s), static_cast<size_t>(shared), stream};
     const Plan of_means_plan{1.0f, s.words() > 1, plan.shared, stream};
@@ -185,11 +173,11 @@ FARSPAN_EXPORT int mra_forward(const void* q, const void* k, const void* v, cons
 }
 
 // What ``mra_forward`` wrote, and the gradient of y, whose strides are those of y and of the gradients.
-// Scratch: turned [matrices, nb, words], column_pointers [matrices, nb + 1], column_rows [matrices, budget], column_counts
+// masked: whether that was given a mask.  Scratch: turned [matrices, nb, words], column_pointers [matrices, nb + 1], column_rows [matrices, budget], column_counts
 // [matrices, nb] int32;  of_norms [2, matrices, 32 nb] float32;  and, null in sparse mode, of_rest [matrices, padded] and
 // of_means [4, matrices, nb, d] float32.
-FARSPAN_EXPORT int mra_backward(const void* q, const void* k, const void* v, const void* y, const void* of_y, const void* norms, const void* tokens, const void* bits, const void* pointers, const void* columns, const void* means, const void* rest, void* of_q, void* of_k, void* of_v, void* turned, void* column_pointers, void* column_rows, void* column_counts, void* of_norms, void* of_rest, void* of_means, int64_t batch, int64_t heads, int64_t length, int64_t d, int64_t budget, int64_t in_batch, int64_t in_head, int64_t in_token, int64_t out_batch, int64_t out_head, int64_t out_token, float scale, int shared, int dtype, void* stream) {
-    const Sizes s = sizes_of(batch, heads, length, d, budget, 0, -1);
+FARSPAN_EXPORT int mra_backward(const void* q, const void* k, const void* v, const void* y, const void* of_y, const void* norms, const void* tokens, const void* bits, const void* pointers, const void* columns, const void* means, const void* rest, void* of_q, void* of_k, void* of_v, void* turned, void* column_pointers, void* column_rows, void* column_counts, void* of_norms, void* of_rest, void* of_means, int64_t batch, int64_t heads, int64_t length, int64_t d, int64_t budget, int masked, int64_t in_batch, int64_t in_head, int64_t in_token, int64_t out_batch, int64_t out_head, int64_t out_token, float scale, int shared, int dtype, void* stream) {
+    const Sizes s = sizes_of(batch, heads, length, d, budget, 0, -1, masked != 0);
     const int64_t matrices = s.matrices(), mean_size = matrices * s.nb * d, row_size = matrices * s.nb * BLOCK;
     const Plan plan{scale, list_is_long(s), static_cast<size_t>(shared), stream};
     const Plan of_means_plan{1.0f, s.words() > 1, plan.shared, stream};

@@ -2,10 +2,11 @@
 //
 //   block_means      [3 · matrices · nb] warps     sums of 32 rows; bound by reading q, k, v once
 //   block_scores     [matrices · nb / 32] blocks   logits in float64 and their keys; bound by float64 products, 2 nb² d
-//   select           [matrices] or [parts · matrices] blocks, the k-th highest key digit by digit; bound by reading the
-//                    keys, 8 nb² bytes, once for each of six digits
-//   count, list_rows [matrices · nb] warps         lists of each row's columns, a bit of each block
-//   turn_bits, list_columns                        the same by columns
+//   select           [matrices] blocks             the k-th highest key digit by digit, from registers up to nb = 128, and
+//                                                  the lists of each row's columns; bound by latency
+//   select_digit, count_rows, list_rows            the same by many blocks for a large matrix; bound by reading the keys,
+//                                                  8 nb² bytes, once for each of six digits and for the lists
+//   turn_bits, list_columns                        the lists by columns, in the backward pass
 //
 // A key is a score's 64 bits, changed so that the higher score has the higher unsigned integer.  Integers alone are added
 // out of order, so every run selects the same.
@@ -17,12 +18,13 @@ namespace farspan {
 namespace mra {
 
 constexpr int MEANS_WARPS = 4, SCORE_THREADS = 256, SCORE_COLUMNS = 64, SCORE_DEPTH = 32;
-constexpr int SELECT_WARPS = 16, DIGITS = 6, DIGIT_BITS = 11, DIGIT_VALUES = 1 << DIGIT_BITS, LIST_WARPS = 8;
+constexpr int SELECT_WARPS = 32, SELECT_KEPT = 16, DIGITS = 6, DIGIT_BITS = 11, DIGIT_VALUES = 1 << DIGIT_BITS, LIST_WARPS = 8;
 constexpr double MEAN_EPSILON = 1e-6, EMPTY = 1e4, PRIOR = 5e3;
 
 struct Sizes {
     int batch, heads, length, d, nb;
     int budget, first, diagonal;  // diagonal: blocks up to so many from it, −1 none
+    bool whole;                   // every token of every block is real
     FARSPAN_HOST_DEVICE int64_t matrices() const { return static_cast<int64_t>(batch) * heads; }
     FARSPAN_HOST_DEVICE int words() const { return (nb + WARP - 1) / WARP; }  // of a row of bits
     FARSPAN_HOST_DEVICE int padded() const { return words() * WARP; }        // blocks, in whole tiles of blocks
@@ -49,8 +51,8 @@ block_means(Rows<const T> q, Rows<const T> k, Rows<const T> v, const uint8_t* ma
     constexpr int EACH = 16 / sizeof(T);
     const int64_t task = static_cast<int64_t>(blockIdx.x) * MEANS_WARPS + warp_index(), number = s.matrices() * s.nb;
     if (task >= 3 * number) return;
-    const int which = static_cast<int>(task / number);
-    const int64_t block = task % number, matrix = block / s.nb;
+    const int which = static_cast<int>(task / s.nb % 3);  // q, k, v of a matrix after one another
+    const int64_t matrix = task / s.nb / 3, block = matrix * s.nb + task % s.nb;
     const int64_t batch = matrix / s.heads, head = matrix % s.heads, first = block % s.nb * BLOCK;
     const int lane = lane_index();
 
@@ -196,22 +198,25 @@ FARSPAN_DEVICE int sum_of_warp(int value) {
     return value;
 }
 
-// histogram: int [DIGIT_VALUES] in shared memory.  Counts the next digit of keys[begin:end] that agree so far.
-FARSPAN_DEVICE void count_digits(
-    const uint64_t* keys, int64_t begin, int64_t end, const Threshold& found, int digit, int* histogram
-) {
-    const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
-    for (int i = thread; i < DIGIT_VALUES; i += threads) histogram[i] = 0;
-    sync_block();
-    const int shift = digit_shift(digit), bits = digit_bits(digit);
-    const uint64_t known = digit == 0 ? 0 : ~uint64_t{0} << (shift + bits);
-#pragma unroll 4
-    for (int64_t i = begin + thread; i < end; i += threads) {
-        const uint64_t key = keys[i];
-        if ((key & known) == found.key) atomic_add(&histogram[key >> shift & ((1u << bits) - 1)], 1);
+// Counts the next digit of keys in a histogram, int [DIGIT_VALUES] in shared memory.
+struct Counter {
+    int* histogram;
+    uint64_t known, found;  // keys that agree so far: (key & known) == found
+    int shift;
+    uint32_t digit;
+
+    // The whole block comes here.
+    FARSPAN_DEVICE static Counter of(const Threshold& threshold, int digit, int* histogram) {
+        for (int i = static_cast<int>(threadIdx.x); i < DIGIT_VALUES; i += static_cast<int>(blockDim.x)) histogram[i] = 0;
+        sync_block();
+        const int shift = digit_shift(digit), bits = digit_bits(digit);
+        const uint64_t known = digit == 0 ? 0 : ~uint64_t{0} << (shift + bits);
+        return {histogram, known, threshold.key, shift, (1u << bits) - 1};
     }
-    sync_block();
-}
+    FARSPAN_DEVICE void count(uint64_t key) const {
+        if ((key & known) == found) atomic_add(&histogram[key >> shift & digit], 1);
+    }
+};
 
 // The digit of the k-th highest of what a histogram counts, joined to those before.  The whole block comes here;
 // totals: int [SELECT_WARPS + 2] in shared memory.
@@ -256,21 +261,9 @@ FARSPAN_DEVICE Threshold find_digit(const int* histogram, Threshold found, int d
 
 inline size_t select_bytes() { return (DIGIT_VALUES + SELECT_WARPS + 2) * sizeof(int); }
 
-// All digits at once, a block for each matrix.
-__global__ void __launch_bounds__(SELECT_WARPS * WARP)
-select(const uint64_t* keys, Threshold* thresholds, int64_t number, int budget) {
-    int* histogram = reinterpret_cast<int*>(shared_memory());
-    Threshold found{0, budget};
-    for (int digit = 0; digit < DIGITS; ++digit) {
-        count_digits(keys + blockIdx.x * number, 0, number, found, digit, histogram);
-        found = find_digit(histogram, found, digit, histogram + DIGIT_VALUES);
-    }
-    if (threadIdx.x == 0) thresholds[blockIdx.x] = found;
-}
-
 // One digit, `parts` blocks for each matrix: the one before is found of all parts' sums.  With digit = DIGITS the last is
-// found and that is all.  thresholds: [DIGITS, matrices], of which the last row is the result's (as ``select``'s alone);
-// histograms: [DIGITS, matrices, DIGIT_VALUES], zeros at first.
+// found and that is all.  thresholds: [DIGITS, matrices], of which the last row is the result's; histograms: [DIGITS,
+// matrices, DIGIT_VALUES], zeros at first.
 __global__ void __launch_bounds__(SELECT_WARPS * WARP)
 select_digit(
     const uint64_t* keys, Threshold* thresholds, int* histograms, int64_t number, int budget, int matrices, int parts,
@@ -287,8 +280,11 @@ select_digit(
         if (part == 0 && thread == 0) thresholds[(digit - 1) * matrices + matrix] = found;
         if (digit == DIGITS) return;
     }
-    const int64_t size = (number + parts - 1) / parts, begin = part * size;
-    count_digits(keys + matrix * number, begin, min(begin + size, number), found, digit, histogram);
+    const Counter counter = Counter::of(found, digit, histogram);
+    const int64_t size = (number + parts - 1) / parts, begin = part * size, end = min(begin + size, number);
+#pragma unroll 4
+    for (int64_t i = begin + thread; i < end; i += threads) counter.count(keys[matrix * number + i]);
+    sync_block();
     int* sums = histograms + (static_cast<int64_t>(digit) * matrices + matrix) * DIGIT_VALUES;
     for (int i = thread; i < DIGIT_VALUES; i += threads) {
         if (histogram[i] != 0) atomic_add(&sums[i], histogram[i]);
@@ -302,51 +298,42 @@ __global__ void clear_histograms(int* histograms, int64_t number) {
 
 // ---- lists ----------------------------------------------------------------------------------------------------------
 
-// [matrices of this launch, nb]: keys of each row above the threshold, and equal to it.
-__global__ void __launch_bounds__(LIST_WARPS * WARP)
-count_rows(const uint64_t* keys, const Threshold* thresholds, int* above, int* equal, int64_t rows, int nb) {
-    const int64_t row = static_cast<int64_t>(blockIdx.x) * LIST_WARPS + warp_index();
-    if (row >= rows) return;
-    const uint64_t limit = thresholds[row / nb].key;
-    int more = 0, same = 0;
-    for (int j = lane_index(); j < nb; j += WARP) {
-        const uint64_t key = keys[row * nb + j];
-        more += key > limit;
-        same += key == limit;
-    }
-    more = sum_of_warp(more);
-    same = sum_of_warp(same);
-    if (lane_index() == 0) {
-        above[row] = more;
-        equal[row] = same;
-    }
-}
-
 struct Lists {
     uint32_t* bits;  // [matrices, nb, words]: which blocks of a row
     int* pointers;   // [matrices, nb + 1]
     int* columns;    // [matrices, budget]
 };
 
-// Of `rows` rows of matrices from first_matrix on.  Of equal keys those of lower rows, then of lower columns are taken.
-__global__ void __launch_bounds__(LIST_WARPS * WARP)
-list_rows(
-    const uint64_t* keys, const Threshold* thresholds, const int* above, const int* equal, Lists lists,
-    int64_t first_matrix, int64_t rows, Sizes s
-) {
-    const int64_t row = static_cast<int64_t>(blockIdx.x) * LIST_WARPS + warp_index();
-    if (row >= rows) return;
-    const int lane = lane_index(), nb = s.nb, own = static_cast<int>(row % nb);
-    const int64_t start = row - own, matrix = first_matrix + row / nb;
-    int more = 0, same = 0;  // in the rows before
-    for (int i = lane; i < own; i += WARP) {
-        more += above[start + i];
-        same += equal[start + i];
+// A warp's: the keys of a row above the threshold, and those equal to it.
+FARSPAN_DEVICE void count_row(const uint64_t* keys, uint64_t limit, int nb, int* above, int* equal) {
+    int more = 0, same = 0;
+    for (int j = lane_index(); j < nb; j += WARP) {
+        const uint64_t key = keys[j];
+        more += key > limit;
+        same += key == limit;
     }
     more = sum_of_warp(more);
     same = sum_of_warp(same);
-    const Threshold limit = thresholds[row / nb];
-    const int missing = static_cast<int>(limit.missing);
+    if (lane_index() == 0) {
+        *above = more;
+        *equal = same;
+    }
+}
+
+// A warp's: the list of row `own` of a matrix whose rows are counted.  Of equal keys those of lower rows, then of lower
+// columns are taken.
+FARSPAN_DEVICE void list_row(
+    const uint64_t* keys, const Threshold& limit, const int* above, const int* equal, const Lists& lists, int64_t matrix,
+    int own, const Sizes& s
+) {
+    const int lane = lane_index(), nb = s.nb, missing = static_cast<int>(limit.missing);
+    int more = 0, same = 0;  // in the rows before
+    for (int i = lane; i < own; i += WARP) {
+        more += above[i];
+        same += equal[i];
+    }
+    more = sum_of_warp(more);
+    same = sum_of_warp(same);
     int at = more + min(same, missing);
     if (lane == 0) {
         lists.pointers[matrix * (nb + 1) + own] = at;
@@ -355,14 +342,69 @@ list_rows(
     const uint32_t before = (1u << lane) - 1;
     for (int word = 0; word < s.words(); ++word) {
         const int column = word * WARP + lane;
-        const uint64_t key = column < nb ? keys[row * nb + column] : 0;
-        const uint32_t equals = ballot(column < nb && key == limit.key);
-        const bool taken = column < nb && (key > limit.key || (key == limit.key && same + __popc(equals & before) < missing));
+        const bool exists = column < nb;
+        const uint64_t key = exists ? keys[column] : 0;
+        const bool is_equal = exists && key == limit.key;
+        const uint32_t equals = ballot(is_equal);
+        const bool taken = (exists && key > limit.key) || (is_equal && same + __popc(equals & before) < missing);
         const uint32_t chosen = ballot(taken);
         if (taken) lists.columns[matrix * s.budget + at + __popc(chosen & before)] = column;
         if (lane == 0) lists.bits[(matrix * nb + own) * s.words() + word] = chosen;
         at += __popc(chosen);
         same += __popc(equals);
+    }
+}
+
+// counts: above and equal, [matrices of this launch, nb] each.
+__global__ void __launch_bounds__(LIST_WARPS * WARP)
+count_rows(const uint64_t* keys, const Threshold* thresholds, int* counts, int64_t rows, int nb) {
+    const int64_t row = static_cast<int64_t>(blockIdx.x) * LIST_WARPS + warp_index();
+    if (row < rows) count_row(keys + row * nb, thresholds[row / nb].key, nb, counts + row, counts + rows + row);
+}
+
+__global__ void __launch_bounds__(LIST_WARPS * WARP)
+list_rows(
+    const uint64_t* keys, const Threshold* thresholds, const int* counts, Lists lists, int64_t first_matrix, int64_t rows,
+    Sizes s
+) {
+    const int64_t row = static_cast<int64_t>(blockIdx.x) * LIST_WARPS + warp_index();
+    if (row >= rows) return;
+    const int own = static_cast<int>(row % s.nb);
+    const int *above = counts + row - own, *equal = above + rows;
+    list_row(keys + row * s.nb, thresholds[row / s.nb], above, equal, lists, first_matrix + row / s.nb, own, s);
+}
+
+// All of a matrix, whose keys are read once if they are at most SELECT_KEPT for each thread.  counts as ``count_rows``.
+__global__ void __launch_bounds__(SELECT_WARPS * WARP)
+select(const uint64_t* keys, int* counts, Lists lists, int64_t first_matrix, int64_t matrices, Sizes s) {
+    constexpr int THREADS = SELECT_WARPS * WARP;
+    int* histogram = reinterpret_cast<int*>(shared_memory());
+    const int number = s.nb * s.nb, thread = static_cast<int>(threadIdx.x);
+    keys += static_cast<int64_t>(blockIdx.x) * number;
+    uint64_t kept[SELECT_KEPT];
+#pragma unroll
+    for (int i = 0; i < SELECT_KEPT; ++i) kept[i] = i * THREADS + thread < number ? keys[i * THREADS + thread] : 0;
+    Threshold found{0, s.budget};
+    for (int digit = 0; digit < DIGITS; ++digit) {
+        const Counter counter = Counter::of(found, digit, histogram);
+#pragma unroll
+        for (int i = 0; i < SELECT_KEPT; ++i) {
+            if (i * THREADS + thread < number) counter.count(kept[i]);
+        }
+#pragma unroll 4
+        for (int i = SELECT_KEPT * THREADS + thread; i < number; i += THREADS) counter.count(keys[i]);
+        sync_block();
+        found = find_digit(histogram, found, digit, histogram + DIGIT_VALUES);
+    }
+    int *above = counts + static_cast<int64_t>(blockIdx.x) * s.nb, *equal = above + matrices * s.nb;
+    for (int row = warp_index(); row < s.nb; row += SELECT_WARPS) {
+        count_row(keys + static_cast<int64_t>(row) * s.nb, found.key, s.nb, above + row, equal + row);
+    }
+    sync_block();
+    for (int row = warp_index(); row < s.nb; row += SELECT_WARPS) {
+        list_row(
+            keys + static_cast<int64_t>(row) * s.nb, found, above, equal, lists, first_matrix + blockIdx.x, row, s
+        );
     }
 }
 

@@ -24,17 +24,24 @@ struct Shape {
     FARSPAN_HOST_DEVICE int threads() const { return groups * 2 * chunks() * WARP; }
 };
 
+// D: the features where they are known, else 0.
+template <int D>
+FARSPAN_DEVICE int warps_of_group(const Shape& shape) {
+    return D ? (D + CHUNK - 1) / CHUNK * 2 : 2 * shape.chunks();
+}
+
 // Where a thread is.
 struct Place {
     int tile, batch, head, group, row, chunk, g, t;  // row: the first of the warp's 16
     int64_t matrix;
 
-    template <bool COARSE>
+    template <int D, bool COARSE>
     FARSPAN_DEVICE static Place of(const Shape& shape) {
         const int tiles = COARSE ? shape.sizes.words() : shape.sizes.nb;
-        const int warps = 2 * shape.chunks(), lane = lane_index();
+        const int warps = warps_of_group<D>(shape), lane = lane_index();
         Place p;
-        p.matrix = blockIdx.x / tiles;
+        // The last that ``block_means`` read comes first: some of it is in the L2 cache still.
+        p.matrix = shape.sizes.matrices() - 1 - blockIdx.x / tiles;
         p.tile = static_cast<int>(blockIdx.x) % tiles;
         p.batch = static_cast<int>(p.matrix) / shape.sizes.heads;
         p.head = static_cast<int>(p.matrix) % shape.sizes.heads;
@@ -93,7 +100,7 @@ struct Tiles {
             if (step % WARP == 0) {
                 const int mine = (step + lane_index()) * groups + group;
                 column = mine < count ? columns[mine] : 0;
-                real = mine < count ? rows_of_tile<false>(tokens, sizes, batch, column) : 0;
+                real = sizes.whole ? ~0u : mine < count ? rows_of_tile<false>(tokens, sizes, batch, column) : 0;
             }
             tile = shuffle(column, step % WARP);
             rows = shuffle(real, step % WARP);
@@ -123,12 +130,12 @@ FARSPAN_DEVICE void meet(
     Work work
 ) {
     const int width = D ? D : shape.width, d = D ? D : shape.sizes.d;
-    const int warps = 2 * shape.chunks(), threads = warps * WARP;
+    const int warps = warps_of_group<D>(shape), threads = warps * WARP;
     const int thread = warp_index() % warps * WARP + lane_index();
     const int tile_size = tile_bytes<T>(width), stage_size = stage_bytes<T, STATISTICS>(width);
     int next = 0;
     uint32_t next_rows = 0;
-    auto stage = [&](int step) { return stages + (step % shape.stages * shape.groups + place.group) * stage_size; };
+    auto stage = [&](int step) { return stages + ((step & (shape.stages - 1)) * shape.groups + place.group) * stage_size; };
     auto begin = [&](int step) {
         tiles.at(step, next, next_rows);
         if (tiles.has(step)) {

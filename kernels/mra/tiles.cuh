@@ -158,28 +158,28 @@ FARSPAN_DEVICE void multiply(float (&x)[4], float (&y)[4], const Left<float>& le
 
 // ---- a warp's products ----------------------------------------------------------------------------------------------
 
-// Rows of a tile that a warp multiplies again and again; kept in registers where their number of columns D is known.
-template <class T, int D>
+// Rows of a tile that a warp multiplies again and again; KEPT of their columns stay in registers, all or (where the number
+// of columns is known) some.
+template <class T, int KEPT>
 struct Own {
     const T* rows;
     int stride;
-    Left<T> kept[D ? D / 16 : 1];
+    Left<T> kept[KEPT ? KEPT / 16 : 1];
 
     FARSPAN_DEVICE void keep() {
-        if constexpr (D != 0) {
 #pragma unroll
-            for (int k = 0; k < D / 16; ++k) kept[k] = left_of_rows(rows + 16 * k, stride);
-        }
+        for (int k = 0; k < KEPT / 16; ++k) kept[k] = left_of_rows(rows + 16 * k, stride);
     }
     FARSPAN_DEVICE Left<T> at(int k) const {
-        if constexpr (D != 0) return kept[k];
-        else return left_of_rows(rows + 16 * k, stride);
+        return k < KEPT / 16 ? kept[k] : left_of_rows(rows + 16 * k, stride);
     }
 };
 
 // sums [16, 32] = own [16, width] · tile [32, width]ᵀ.
-template <class T, int D>
-FARSPAN_DEVICE void products_of_rows(float (&sums)[4][4], const Own<T, D>& own, const T* tile, int stride, int width) {
+template <class T, int D, int KEPT>
+FARSPAN_DEVICE void products_of_rows(
+    float (&sums)[4][4], const Own<T, KEPT>& own, const T* tile, int stride, int width
+) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
 #pragma unroll
@@ -267,10 +267,19 @@ FARSPAN_DEVICE void copy_tile(
 ) {
     constexpr int EACH = 16 / sizeof(T);
     const int pieces = width / EACH;
-    for (int i = thread; i < BLOCK * pieces; i += threads) {
-        const int row = i / pieces, column = i % pieces * EACH;
-        const bool valid = column < d && (real >> row & 1u);
-        copy_16(tile + row * tile_stride<T>(width) + column, valid ? from + row * token_stride + column : from, valid);
+    int row = thread / pieces, column = thread % pieces;
+    const int rows = threads / pieces, columns = threads % pieces;
+#pragma unroll 1  // addresses ahead would cost more registers than they save time
+    while (row < BLOCK) {
+        const bool valid = column * EACH < d && (real >> row & 1u);
+        const T* at = from + row * token_stride + column * EACH;
+        copy_16(tile + row * tile_stride<T>(width) + column * EACH, valid ? at : from, valid);
+        row += rows;
+        column += columns;
+        if (columns != 0 && column >= pieces) {
+            column -= pieces;
+            ++row;
+        }
     }
 }
 
