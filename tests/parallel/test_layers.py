@@ -144,6 +144,25 @@ def test_head(ranks, size, offset, tensor):
         assert_close(gradients[name], value.grad, f"gradient of {name}")
 
 
+def guess(mesh, weight_of_all, labels):
+    module = VocabParallelHead(mesh, len(weight_of_all), H, weight=None)
+    fill(module, mesh.tensor, std=0.0)
+    part = torch.zeros(module.part, H)
+    own = weight_of_all[mesh.tensor.rank * module.part :][: module.part]
+    part[: len(own)] = own
+    return module.loss(torch.ones(len(labels), H), part, labels, count_correct=True)[1]
+
+
+def test_the_first_of_equal_logits_is_the_guess(ranks):
+    """Also where the others are another rank's."""
+    weight = torch.zeros(300, H)
+    labels = torch.tensor([0, 3, 255, 256, 299])
+    for places, right in (([], 0), ([255, 256], 255), ([256, 299], 256), ([3, 299], 3)):
+        weight.zero_()[places] = 1.0
+        for correct in [guess(Mesh.solo(), weight, labels), *ranks.on_mesh(guess, weight, labels, tensor=2)]:
+            assert labels[correct > 0].tolist() == [right]
+
+
 # Small things.
 
 
