@@ -93,7 +93,8 @@ def on_gpu(case: Case, device: torch.device, seconds: float, report: Report) -> 
     if not checked["right"]:
         return
     with timing.own_stream():
-        sets = [case.make(2 + i, device) for i in range(timing.sets_for(case.make(2, device).bytes, device))]
+        first = case.make(2, device)
+        sets = [first, *(case.make(2 + i, device) for i in range(1, timing.sets_for(first.bytes, device)))]
         passes = Passes(case.call, sets)
         report("measured", passes.timings(seconds))
         report("beside", passes.beside())
@@ -260,7 +261,7 @@ def measure_apart(name: str, device: torch.device, seconds: float, quick: bool, 
     ends, costs this row what was not measured until then, and no other.  ``limit``: seconds until it is ended."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_worker, args=(name, str(device), seconds, quick, sender), daemon=True)
+    process = context.Process(target=_worker, args=(name, str(device), seconds, quick, sender))
     process.start()
     sender.close()
     (case,) = (c for c in cases(device.type, quick=quick) if c.name == name)

@@ -114,6 +114,8 @@ def _captured(call: Call, sets: int, stream: torch.cuda.Stream) -> Callable[[], 
     try:
         with torch.cuda.graph(graph, stream=stream):
             results += [call(i) for i in range(sets)]
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError:
         return None
 

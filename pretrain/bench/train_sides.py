@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import importlib.util
 import os
 import socket
 from collections.abc import Iterator
@@ -134,7 +135,7 @@ def _best(setup: Setup, device: torch.device, dtype: torch.dtype, dropout: float
         raise Unable(f"transformers {transformers.__version__} has no {setup.architecture}")
     fields = {key: value for key, value in setup.fields(dropout).items() if key != "model_type"}
     names = ["sdpa", "eager"]
-    if device.type == "cuda" and dtype != torch.float32:
+    if device.type == "cuda" and dtype != torch.float32 and importlib.util.find_spec("flash_attn"):
         names.insert(0, "flash_attention_2")
     for attention in names:
         try:
