@@ -65,9 +65,11 @@ class ColumnParallelLinear(tensor_parallel.ColumnParallelLinear):
         describe(self.weight, Logical((*head, inputs), dim=len(head) - 1, std=std), split=True)
         describe(self.bias, Logical(head, dim=len(head) - 1, decay=False), split=True)
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, *, add_bias: bool = True) -> Tensor:  # type: ignore[override]
+        """Without ``add_bias``, x Wᵀ alone: for an activation that adds the bias itself."""
         if self.tensor_size == 1:
-            return F.linear(x, self.weight, self.bias)
+            return F.linear(x, self.weight, self.bias if add_bias else None)
+        self.skip_bias_add = not add_bias
         return super().forward(x)[0]
 
 

@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import forms
+from . import kernel
+
 
 def gelu(x: Tensor) -> Tensor:
     """x Φ(x) with the exact error function (arXiv 1606.08415)."""
@@ -27,6 +30,38 @@ def relu_squared(x: Tensor) -> Tensor:
 def quick_gelu(x: Tensor) -> Tensor:
     """x σ(1.702 x) (arXiv 1606.08415, section 2)."""
     return x * torch.sigmoid(1.702 * x)
+
+
+def bias_gelu(x: Tensor, bias: Tensor, approximate: bool) -> Tensor:
+    """gelu(x + bias), or with ``approximate`` gelu_tanh.
+
+    x: [..., features]; bias: [features].  Compiled, the sum is not rounded to x's dtype, and the gradients of both come
+    of one reading; without the bias of ``gelu(linear(...))`` the latter takes another.
+    """
+    if x.dtype != torch.float64 and bias.dtype != torch.float64 and forms.compiled("activation", x.device):
+        if (reason := _no_kernel(x.dtype, bias.dtype, x.shape[-1])) is None:
+            return kernel.bias_gelu_forward(x, bias, approximate)
+        forms.declined("activation", reason)
+    return F.gelu(x + bias, approximate="tanh" if approximate else "none")
+
+
+def takes_bias(activation: Callable[[Tensor], Tensor], x: Tensor, features: int) -> bool:
+    """Whether ``bias_gelu`` runs compiled in place of ``activation`` of [..., features] that a product of x gives: the
+    product then needs no bias."""
+    return (
+        activation in (gelu, gelu_tanh)
+        and x.dtype in kernel.DTYPES
+        and features % kernel.WIDTH == 0
+        and forms.compiled("activation", x.device)
+    )
+
+
+def _no_kernel(x: torch.dtype, bias: torch.dtype, features: int) -> str | None:
+    if x not in kernel.DTYPES or bias not in kernel.DTYPES:
+        return f"{x} and a bias of {bias}, it takes {', '.join(map(str, kernel.DTYPES))}"
+    if features == 0 or features % kernel.WIDTH:
+        return f"{features} features, it takes multiples of {kernel.WIDTH}"
+    return None
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ...kernels.activation import ACTIVATIONS
+from ...kernels.activation import ACTIVATIONS, bias_gelu, gelu_tanh, takes_bias
 from ...kernels.dropout import dropout
 from ...parallel.layers import ColumnParallelLinear, RowParallelLinear
 from ...parallel.mesh import Mesh
@@ -23,4 +23,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
         """x: [s, b, h] → [s, b, h]; keys: [s, b], of dropout, all positions also under sequence parallelism."""
-        return self.down(dropout(self.activation(self.up(x)), self.p, keys, self.first))
+        return self.down(dropout(self._inner(x), self.p, keys, self.first))
+
+    def _inner(self, x: Tensor) -> Tensor:
+        if takes_bias(self.activation, x, len(self.up.bias)):
+            return bias_gelu(self.up(x, add_bias=False), self.up.bias, approximate=self.activation is gelu_tanh)
+        return self.activation(self.up(x))
