@@ -41,15 +41,16 @@ def backward(
     need_x, need_weight, need_bias = needed
     tiling = Tiling.of(len(x), entries, len(weight), x.dtype, x.device)
     wide = statistics.maximum.dtype
-    of_x = torch.zeros_like(x, dtype=wide) if need_x else x.new_empty(0)
+    of_x = torch.empty_like(x, dtype=wide) if need_x else x.new_empty(0)
     of_weight = torch.empty_like(weight) if need_weight else x.new_empty(0)
     of_bias = x.new_zeros(len(weight), dtype=wide) if need_bias else x.new_empty(0)
-    if need_weight:
-        of_weight[entries:] = 0
-        if not len(x):
-            of_weight[:entries] = 0
+    if not len(x) or not entries:
+        of_x.zero_()
+    of_weight[entries if len(x) else 0 :] = 0
     buffer = tiling.buffer(x)
     for tiles in tiling.column_tiles():
+        # The gradient of the weight is a sum over tiles of rows; of one there is nothing to add.
+        wide_sum = need_weight and len(tiles) > 1 and weight.dtype != wide
         for tile in tiles:
             gradient = start_of(buffer, tile)
             if len(kept):
@@ -65,15 +66,14 @@ def backward(
             if need_bias:
                 of_bias[tile.first_column : tile.first_column + tile.real] += sums
             if need_x:
-                _add_product(of_x[rows], gradient, weight[tile.columns])
-            if need_weight and len(tiles) == 1:
-                torch.mm(gradient.t(), x, out=of_weight[tile.columns])
-            elif need_weight:
-                if tile is tiles[0]:
-                    sum_over_rows = weight.new_zeros(tile.width, weight.shape[1], dtype=wide)
-                _add_product(sum_over_rows, gradient.t(), x[rows])
-                if tile is tiles[-1]:
-                    of_weight[tile.columns] = sum_over_rows
+                _add_product(of_x[rows], gradient, weight[tile.columns], to_nothing=tile.first_column == 0)
+            if need_weight:
+                if tile.first_row == 0:
+                    total = of_weight[tile.columns]
+                    total = torch.empty_like(total, dtype=wide) if wide_sum else total
+                _add_product(total, gradient.t(), x[rows], to_nothing=tile.first_row == 0)
+        if wide_sum:
+            of_weight[tiles[0].columns] = total
     return of_x.to(x.dtype), of_weight, of_bias if bias is None else of_bias.to(bias.dtype)
 
 
@@ -85,11 +85,15 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile, out: T
         torch.addmm(bias[tile.columns], x, weight.t(), out=out)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b, in total's dtype, which may be wider."""
+def _add_product(total: Tensor, a: Tensor, b: Tensor, *, to_nothing: bool) -> None:
+    """total += a b, in total's dtype, which may be wider; ``to_nothing``: whatever total was, it becomes a b."""
     if total.dtype == a.dtype:
-        total.addmm_(a, b)
+        torch.mm(a, b, out=total) if to_nothing else total.addmm_(a, b)
     elif total.is_cuda:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+        if to_nothing:
+            torch.mm(a, b, out_dtype=total.dtype, out=total)
+        else:
+            torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
-        total += torch.mm(a, b)
+        product = torch.mm(a, b)
+        total.copy_(product) if to_nothing else total.add_(product)

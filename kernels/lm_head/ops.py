@@ -31,12 +31,16 @@ def statistics_op(
     x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, first: int, size: int, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """maximum, total, label_logit, best (``Statistics``) over a shard, and the logits kept for the backward pass."""
-    _check_labels(labels, size)
-    entries = entries_here(weight, first, size)
-    found, kept = chunked.forward(
-        x.contiguous(), weight.contiguous(), _contiguous(bias), labels.contiguous(), first, entries, keep=keep
-    )
+    found, kept = _statistics(x, weight, bias, labels, first, size, keep)
     return found.maximum, found.total, found.label_logit, found.best, kept
+
+
+def _statistics(
+    x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, first: int, size: int, keep: bool
+) -> tuple[Statistics, Tensor]:
+    _check_labels(labels, size)
+    x, weight, bias, labels = x.contiguous(), weight.contiguous(), _contiguous(bias), labels.contiguous()
+    return chunked.forward(x, weight, bias, labels, first, entries_here(weight, first, size), keep=keep)
 
 
 @statistics_op.register_fake
@@ -83,8 +87,9 @@ def loss_op(
     x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, size: int, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Losses, best guesses, and what the backward pass wants: maximum, total and kept logits.  One shard."""
-    maximum, total, label_logit, best, kept = statistics_op(x, weight, bias, labels, 0, size, keep)
-    return losses_of(maximum, total, label_logit), best, maximum, total, kept
+    found, kept = _statistics(x, weight, bias, labels, 0, size, keep)
+    losses = losses_of(found.maximum, found.total, found.label_logit)
+    return losses, found.best, found.maximum, found.total, kept
 
 
 def losses_of(maximum: Tensor, total: Tensor, label_logit: Tensor) -> Tensor:
