@@ -16,7 +16,7 @@ import torch
 from farspan.launch.cli import main
 from farspan.pretrain.bench import train_measure
 from farspan.pretrain.bench.train_measure import OURS, THEIRS, figures, too_much
-from farspan.pretrain.bench.train_models import SIZES, Setup
+from farspan.pretrain.bench.train_models import SIZES, Dropout, Setup
 from farspan.pretrain.bench.train_page import gate_verdict, lines_of
 from farspan.pretrain.bench.train_sides import TransformersSide, Unable
 from farspan.pretrain.models import ARCHITECTURES
@@ -59,7 +59,7 @@ def test_flops_of_a_dense_model_by_hand() -> None:
     h, layers, words, masked = 1024, 24, 29056, round(0.15 * 512)
     attention = 2 * 2 * 512 * 512 * h
     expected = 3 * (layers * (2 * 512 * 12 * h * h + attention) + 2 * masked * (h * h + h * words))
-    config = setup.config(rows=1, dtype=torch.float32, dropout=0.1)
+    config = setup.config(rows=1, dtype=torch.float32, dropout=Dropout())
     assert setup.flops(config, 1) == pytest.approx(expected)
     assert setup.flops(config, 4) == pytest.approx(4 * expected)
 
@@ -68,7 +68,7 @@ def test_flops_of_a_dense_model_by_hand() -> None:
 @pytest.mark.parametrize("size", ["base", "large"])
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 def test_every_model_can_be_configured(architecture: str, size: str, length: int) -> None:
-    config = Setup(architecture, size, length).config(rows=2, dtype=torch.bfloat16, dropout=0.1)
+    config = Setup(architecture, size, length).config(rows=2, dtype=torch.bfloat16, dropout=Dropout())
     assert (config.model.num_hidden_layers, config.model.hidden_size) == (SIZES[size].layers, SIZES[size].hidden)
     assert config.training.dtype == "bfloat16" and config.training.global_batch_size == 2
 
@@ -134,7 +134,7 @@ def test_a_loss_that_is_no_number_is_no_result() -> None:
 
 def test_transformers_takes_its_best_attention_or_says_why_not() -> None:
     def side(name: str) -> TransformersSide:
-        return TransformersSide(Setup(name, "tiny", 64), CPU, torch.float32, 0.0)
+        return TransformersSide(Setup(name, "tiny", 64), CPU, torch.float32, Dropout())
 
     assert side("roberta-prelayernorm").attention == "sdpa"
     assert side("megatron-bert").attention == "eager"
@@ -228,6 +228,7 @@ def test_the_command(tmp_path: Path) -> None:
         (["--architectures", "bert"], "--architectures bert: choose from mega, megatron-bert"),
         (["--sizes", "huge"], "--sizes huge: choose from tiny, base, large"),
         (["--lengths", "512,x"], "--lengths 512,x: give numbers"),
+        (["--attention-dropout", "1"], "--attention-dropout 1: set 0 or more"),
         (["--rows", "0"], "--rows 0: set 1 or more"),
         (["--device", "cuda"], "torch sees no GPU"),
     ],

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import datetime
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from ...version import __version__
 
 if TYPE_CHECKING:
     from .captured import TrainedModel
@@ -159,31 +155,15 @@ def _lengths(given: list[int] | None, model: TrainedModel | None) -> list[int]:
 
 def _about(model: TrainedModel | None, args: argparse.Namespace) -> dict[str, str]:
     """Where the numbers come from."""
-    import os
-    import platform
-    import re
-    import subprocess
-
     import torch
 
-    clone, commit = Path(__file__).parents[2], ""
-    if (clone / ".git").exists():
-        command = ["git", "-C", str(clone), "rev-parse", "--short", "HEAD"]
-        with contextlib.suppress(OSError):
-            commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    cpu = None
-    with contextlib.suppress(OSError):
-        cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    from ..bench.about import about
+
     what = f"synthetic, {HEADS} heads of {HEAD_SIZE}, seed {args.seed}" if model is None else model.name
     return {
         "queries, keys and values": what,
         "rows of each length": str(args.rows) if model is None else f"up to {args.rows}",
-        "CPU": f"{cpu[1] if cpu else platform.machine()}, {len(os.sched_getaffinity(0))} cores",
-        "threads": str(torch.get_num_threads()),
-        "load of the machine": f"{os.getloadavg()[0]:.1f}",
-        "date": datetime.date.today().isoformat(),
-        "farspan": f"{__version__}, commit {commit}" if commit else __version__,
-        "torch": torch.__version__,
+        **about(torch.device("cpu")),
     }
 
 

@@ -7,6 +7,7 @@ Sizes and targets on a GPU are those of one NVIDIA H200 (bandwidth 4.3 TB/s, 790
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...kernels.activation import bias_gelu
+from ...kernels.attention import attention
+from ...kernels.documents import Documents
 from ...kernels.dropout import DropoutKey, dropout
 from ...kernels.ema import ema
 from ...kernels.layer_norm import dropout_add_layer_norm, layer_norm
@@ -313,13 +317,45 @@ def bias_gelu_case(rows: int, features: int, dtype: torch.dtype, **asked: Any) -
         _, bias = _weights(numbers, features)
         return Problem({"x": x, "bias": bias.to(dtype)}, ("x", "bias"), (upstream,))
 
+    def call(t: Tensors) -> tuple[Tensor, ...]:
+        return (bias_gelu(t["x"], t["bias"], approximate=False),)
+
     def own(t: Tensors) -> tuple[Tensor, ...]:
         return (F.gelu(t["x"] + t["bias"]),)
 
     size = rows * features * dtype.itemsize
     return Case(
-        "activation", "bias + GELU", f"[{rows}, {features}]", dtype, make, own, Work(2 * size), Work(3 * size),
+        "activation", "bias + GELU", f"[{rows}, {features}]", dtype, make, call, Work(2 * size), Work(3 * size),
         _allowed(dtype), own, **asked,
+    )  # fmt: skip
+
+
+def attention_case(batch: int, heads: int, length: int, size: int, dtype: torch.dtype, **asked: Any) -> Case:
+    """Whole rows, with dropout of the weights."""
+
+    @functools.cache
+    def documents(device: torch.device) -> Documents:
+        ids = torch.ones(batch, length, dtype=torch.int64, device=device)
+        return Documents.of(ids, torch.arange(length, device=device).expand(batch, length), "full", causal=False)
+
+    def make(seed: int, device: torch.device) -> Problem:
+        q, k, v = (x.permute(2, 0, 1, 3).to(device, dtype) for x in synthetic_qkv(batch, heads, length, size, seed))
+        upstream = hidden(numbers_of(seed, device), length, batch, heads, size).to(dtype)
+        keys = _keys(seed, heads * length * batch, device).view(heads, length, batch)
+        return Problem({"q": q, "k": k, "v": v, "keys": keys}, ("q", "k", "v"), (upstream,))
+
+    def call(t: Tensors) -> tuple[Tensor, ...]:
+        return (attention(t["q"], t["k"], t["v"], documents(t["q"].device), p=DROPOUT, keys=t["keys"]),)
+
+    def own(t: Tensors) -> tuple[Tensor, ...]:
+        q, k, v = (t[name].permute(1, 2, 0, 3) for name in ("q", "k", "v"))
+        return (F.scaled_dot_product_attention(q, k, v, dropout_p=DROPOUT).permute(2, 0, 1, 3),)
+
+    tensor, products = batch * heads * length * size * dtype.itemsize, 2.0 * batch * heads * length**2 * size
+    return Case(
+        "attention", "attention with dropout", f"B{batch} H{heads} L{length} d{size}", dtype, make, call,
+        Work(4 * tensor, 2 * products), Work(8 * tensor, 5 * products), max(2 * _allowed(dtype), 1e-5), own,
+        own_is_same=False, **asked,
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from .kernel_cases import (
     Against,
     Case,
     Goal,
+    attention_case,
     bias_gelu_case,
     dropout_add_layer_norm_case,
     dropout_case,
@@ -86,6 +87,7 @@ def _gpu() -> list[Case]:
             8, 12, 64, torch.float32, goals=(Goal("launches", 1), Goal(FORWARD, 15 * US)),
             against=(Against("reference", FORWARD, 10),),
         ),
+        attention_case(16, 16, 512, 64, bf16),
         dropout_case(rows, 1024, bf16),
         bias_gelu_case(rows, 4096, bf16),
     ]  # fmt: skip
@@ -100,6 +102,7 @@ def _cpu() -> list[Case]:
         layer_norm_case(2048, 768, float32),
         lm_head_case(307, 2048, 768, WORDS, float32),
         pinv_case(2, 12, 64, float32),
+        attention_case(1, 12, 512, 64, float32),
         dropout_case(2048, 768, float32),
         bias_gelu_case(1024, 3072, float32),
     ]
@@ -114,6 +117,7 @@ def _quick(device_type: str) -> list[Case]:
         layer_norm_case(16, 64, dtype),
         lm_head_case(12, 80, 64, 96, dtype),
         pinv_case(1, 2, 16, torch.float32),
+        attention_case(2, 2, 48, 16, dtype),
         dropout_case(16, 64, dtype),
         bias_gelu_case(16, 64, dtype),
     ]

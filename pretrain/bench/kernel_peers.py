@@ -215,6 +215,7 @@ PEERS: dict[str, list[Peer]] = {
     "layer_norm": [COMPILED, Peer(FUSED, _apex_fused), Peer(FAST, _apex_fast)],
     "dropout": [COMPILED],
     "activation": [COMPILED],
+    "attention": [],
     "ema": [Peer(FFT, _transformers_ema), Peer(FLASH_FFT, _flash_fft)],
     "mra": [Peer(MRA_KERNELS, _transformers_mra), Peer(FLASH, _flash)],
     "lm_head": [Peer("torch, logits of all tokens", _all_logits)],

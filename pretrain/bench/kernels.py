@@ -26,7 +26,7 @@ kernels_cpu.md and .json, and a kernels.md that says "not measured" where there 
 PACKAGES = ("triton", "transformers", "apex", "flashfftconv")
 SECONDS = 4.0  # of an operation on a CPU
 PASS_SECONDS = 0.25  # of a pass on a GPU
-LIMIT = 300.0  # seconds without a word from an operation's process, torch.compile and a peer's own build included
+LIMIT = 300.0  # seconds without a word from an operation's process; torch.compile and peers build there
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,10 +67,13 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _measured(chosen: Sequence[Case], device: torch.device, quick: bool) -> dict[str, Any]:
+    from ...kernels import forms
     from ...parallel.memory import keep_freed_memory
     from .kernel_measure import ceilings_apart, measure, measure_apart
 
     rows, found = [], {}
+    # Built here, so that a row's process need not.
+    print(f"  {forms.prepare(dict.fromkeys(case.operation for case in chosen), device)}", file=sys.stderr, flush=True)
     if device.type == "cuda":
         seconds = 0.02 if quick else PASS_SECONDS
         found["ceilings"] = ceilings_apart(device, seconds)

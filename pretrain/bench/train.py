@@ -14,7 +14,7 @@ from .kernels import check_out, device_of, write
 if TYPE_CHECKING:
     import torch
 
-    from .train_models import Setup
+    from .train_models import Dropout, Setup
 
 DESCRIPTION = """\
 What a training step of the five architectures costs on this device: tokens/s, step time, model FLOPs utilization (MFU)
@@ -26,7 +26,6 @@ A page keeps what it has of the other device, and with --keep what it has of thi
 LENGTHS = {"cuda": [512, 4096, 32768], "cpu": [512]}
 MODELS = {"cuda": ["large", "base"], "cpu": ["base"]}
 STEPS = {"cuda": 10, "cpu": 3}
-DROPOUT = 0.1
 PACKAGES = ("deepspeed", "megatron-core", "transformers", "flash-attn")
 NEEDED = {"deepspeed": "deepspeed", "megatron": "megatron-core", "pydantic": "pydantic"}
 
@@ -42,6 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rows", type=int, metavar="N", help="rows a step (default: as many as fit, 65,536 tokens at most)"
     )
     parser.add_argument("--steps", type=int, metavar="N", help="steps to time (default: 10 on a GPU, 3 on a CPU)")
+    parser.add_argument("--dropout", type=float, default=0.1, help="of hidden states (default: 0.1)")
+    parser.add_argument("--attention-dropout", type=float, default=0.0, help="of attention's weights (default: 0)")
     parser.add_argument("--minutes", type=float, metavar="N", help="begin nothing new after so many")
     parser.add_argument("--alone", action="store_true", help="without transformers")
     parser.add_argument(
@@ -72,11 +73,12 @@ def run(args: argparse.Namespace) -> None:
     for name in ("rows", "steps", "threads"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"--{name} {value}: set 1 or more")
-    setups = chosen(args, device.type)
+    setups, _ = chosen(args, device.type), dropout_of(args)
     if args.threads:
         torch.set_num_threads(args.threads)
     results = _earlier(args.out / f"{PAGE}.json")
     section: dict[str, Any] = {"about": about(device, *PACKAGES), "rows": []}
+    section["about"]["dropout"] = str(dropout_of(args))
     if not args.quick:
         section["about"]["kernels"] = forms.prepare(forms.OPERATIONS, device)
     if args.keep and device.type in results:
@@ -111,7 +113,7 @@ def _rows(args: argparse.Namespace, setups: list[Setup], device: torch.device, e
                 continue
             row = measure(
                 setup, mesh, rows=args.rows, steps=args.steps or (1 if args.quick else STEPS[device.type]),
-                dropout=DROPOUT, beside=not args.alone, profile=args.out / "traces" if args.profile else None,
+                dropout=dropout_of(args), beside=not args.alone, profile=args.out / "traces" if args.profile else None,
             )  # fmt: skip
             print(f"  {_in_short(setup, row)}", file=sys.stderr, flush=True)
             yield row
@@ -132,6 +134,16 @@ def chosen(args: argparse.Namespace, device: str) -> list[Setup]:
         lengths = sorted({int(part) for part in args.lengths.split(",")})
     setups = [Setup(name, size, length) for length in lengths for size in sizes for name in architectures]
     return sorted(setups, key=lambda setup: setup not in GATES)
+
+
+def dropout_of(args: argparse.Namespace) -> Dropout:
+    """ValueError: a share that is none."""
+    from .train_models import Dropout
+
+    for name, value in (("dropout", args.dropout), ("attention-dropout", args.attention_dropout)):
+        if not 0 <= value < 1:
+            raise ValueError(f"--{name} {value:g}: set 0 or more, and less than 1")
+    return Dropout(args.dropout, args.attention_dropout)
 
 
 def _among(name: str, given: str | None, known: list[str], default: list[str]) -> list[str]:

@@ -17,7 +17,7 @@ import torch
 from ...parallel.mesh import Mesh
 from ..approximation.measure import forget_peak, resident
 from ..hardware import model_flops_utilization, peak_flops_per_second
-from .train_models import SIZES, Setup
+from .train_models import SIZES, Dropout, Setup
 from .train_sides import FarspanSide, Side, TransformersSide, Unable
 
 Found = dict[str, Any]
@@ -36,7 +36,7 @@ def measure(
     *,
     rows: int | None,
     steps: int,
-    dropout: float,
+    dropout: Dropout,
     beside: bool,
     profile: Path | None,
 ) -> Found:
@@ -163,7 +163,7 @@ def _warmed_up(setup: Setup, name: str, make: Callable[[], Side], rows: int, sid
 def too_much(setup: Setup, side: str, rows: int) -> str | None:
     """Why a CPU is spared a step: it would take too long, or more memory than there is, both roughly estimated."""
     size, tokens = SIZES[setup.size], rows * setup.length
-    config = setup.config(rows=rows, dtype=torch.float32, dropout=0.0)
+    config = setup.config(rows=rows, dtype=torch.float32, dropout=Dropout())
     if (seconds := setup.flops(config, rows) / CPU_FLOPS) > LONGEST_STEP:
         return f"a step would take about {seconds / 60:.0f} minutes on a CPU"
     # 34 bytes for every feature of every token and layer at two bytes a number (arXiv 2205.05198, section 4.1).

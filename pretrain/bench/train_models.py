@@ -32,6 +32,17 @@ WORDS = {"megatron-bert": 29056}
 
 
 @dataclasses.dataclass(frozen=True)
+class Dropout:
+    """Of hidden states, and of the weights of attention where the architecture has such."""
+
+    hidden: float = 0.1
+    weights: float = 0.0
+
+    def __str__(self) -> str:
+        return f"{self.hidden:g}, of the weights of attention {self.weights:g}"
+
+
+@dataclasses.dataclass(frozen=True)
 class Setup:
     """One line of the table."""
 
@@ -43,26 +54,27 @@ class Setup:
     def name(self) -> str:
         return f"{self.architecture} {self.size} {self.length}"
 
-    def fields(self, dropout: float) -> dict[str, Any]:
-        """The model section of a configuration, in Hugging Face's names.  Weights of attention are not dropped, so that
-        fused attention can be used on both sides."""
+    def fields(self, dropout: Dropout) -> dict[str, Any]:
+        """The model section of a configuration, in Hugging Face's names."""
         size = SIZES[self.size]
         h, words = size.hidden, min(WORDS.get(self.architecture, size.words), size.words)
         fields: dict[str, Any] = {
             "model_type": self.architecture, "vocab_size": words, "hidden_size": h, "num_hidden_layers": size.layers,
-            "pad_token_id": PAD, "hidden_dropout_prob": dropout, "attention_probs_dropout_prob": 0.0,
+            "pad_token_id": PAD, "hidden_dropout_prob": dropout.hidden, "attention_probs_dropout_prob": dropout.weights,
         }  # fmt: skip
         if self.architecture == "mega":
             return fields | {
                 "intermediate_size": 2 * h, "nffn_hidden_size": 2 * h,
                 "shared_representation_size": size.representation, "ema_projection_size": 16,
                 "use_chunking": True, "chunk_size": min(CHUNK, self.length),
-                "normalization_type": "layernorm", "dropout_prob": dropout, "nffn_activation_dropout_prob": 0.0,
+                "normalization_type": "layernorm", "dropout_prob": dropout.hidden, "nffn_activation_dropout_prob": 0.0,
             }  # fmt: skip
         positions = self.length + (PAD + 1 if self.architecture == "roberta-prelayernorm" else 0)
         fields |= {
             "num_attention_heads": size.heads, "intermediate_size": 4 * h, "max_position_embeddings": positions,
         }  # fmt: skip
+        if self.architecture in ("mra", "nystromformer"):
+            fields["attention_probs_dropout_prob"] = 0.0  # they have no such weights
         if self.architecture == "mra":
             fields["block_per_row"] = 4 if self.length <= 512 else 8 if self.length <= 4096 else 16
         if self.architecture == "nystromformer":
@@ -70,7 +82,7 @@ class Setup:
             fields |= {"num_landmarks": landmarks, "segment_means_seq_len": self.length, "conv_kernel_size": 65}
         return fields
 
-    def config(self, *, rows: int, dtype: torch.dtype, dropout: float) -> Config:
+    def config(self, *, rows: int, dtype: torch.dtype, dropout: Dropout) -> Config:
         """A run of this model with steps of ``rows`` rows.  Nothing is read from its folders."""
         return parse_config(
             {
@@ -97,7 +109,7 @@ class Setup:
     def batch(self, rows: int, seed: int) -> Batch:
         """Full rows of random words, each one document, with masked words to predict."""
         numbers = torch.Generator().manual_seed(seed)
-        words = self.fields(0.0)["vocab_size"]
+        words = self.fields(Dropout())["vocab_size"]
         ids = torch.randint(FIRST_WORD, words, (rows, self.length), generator=numbers)
         chosen = torch.rand(rows, self.length, generator=numbers).argsort(1)[:, : self.predictions].sort(1).values
         labels = ids.gather(1, chosen)

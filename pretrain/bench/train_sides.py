@@ -17,7 +17,7 @@ from ...parallel.mesh import Mesh
 from .. import run
 from ..losses import Counts, LossFunction
 from ..resume import Start
-from .train_models import Setup
+from .train_models import Dropout, Setup
 
 RATE, CLIP, SEED = 1e-4, 1.0, 1234
 CLASSES = {
@@ -71,7 +71,7 @@ class FarspanSide:
 
     attention = "its own"
 
-    def __init__(self, setup: Setup, mesh: Mesh, dtype: torch.dtype, dropout: float) -> None:
+    def __init__(self, setup: Setup, mesh: Mesh, dtype: torch.dtype, dropout: Dropout) -> None:
         self.setup, self.mesh, self.dtype, self.dropout = setup, mesh, dtype, dropout
         self.config = setup.config(rows=1, dtype=dtype, dropout=dropout)
         self.loss = LossFunction(self.config.heads)
@@ -98,7 +98,7 @@ class FarspanSide:
 class TransformersSide:
     """transformers' model with its own loss in the same dtype, fused AdamW and clipping."""
 
-    def __init__(self, setup: Setup, device: torch.device, dtype: torch.dtype, dropout: float) -> None:
+    def __init__(self, setup: Setup, device: torch.device, dtype: torch.dtype, dropout: Dropout) -> None:
         self.setup, self.device = setup, device
         model, self.attention = _best(setup, device, dtype, dropout)
         self.model = model.to(device=device, dtype=dtype).train()
@@ -123,7 +123,7 @@ class TransformersSide:
         return float(loss.detach())
 
 
-def _best(setup: Setup, device: torch.device, dtype: torch.dtype, dropout: float) -> tuple[Any, str]:
+def _best(setup: Setup, device: torch.device, dtype: torch.dtype, dropout: Dropout) -> tuple[Any, str]:
     """The model with the fastest attention that its class has here, and that attention's name."""
     try:
         transformers = importlib.import_module("transformers")
