@@ -46,11 +46,10 @@ def _forward(
     y, kept = v.new_empty(v.shape), _room(v, budget)
     if y.numel():
         q, k, v = _rows(q, k, v)
-        forms.library("mra", q.device).call(
-            "mra_forward",
-            *(q, k, v, None if mask is None else mask.contiguous(), *_layout(q, k, v)),
-            *(y, *kept, budget, int(sparse), first_blocks, diagonal_blocks, forms.dtype_code(q.dtype)),
-        )
+        real = None if mask is None else mask.contiguous()
+        last = budget, int(sparse), first_blocks, diagonal_blocks, forms.dtype_code(q.dtype)
+        call = forms.library("mra", q.device).call
+        call("mra_forward", q, k, v, real, *_layout(q, k, v), y, *kept, *last)
     return [y, *(kept if keep else _room(v, budget, keep))]
 
 
@@ -92,14 +91,11 @@ def _backward(
     gradients = [x.new_empty(x.shape) if y.numel() else x.new_zeros(x.shape) for x in (q, k, v)]
     if y.numel():
         q, k, v, of_y = _rows(q, k, v, of_y)
-        maximum, sums, pointers, columns = kept
-        forms.library("mra", q.device).call(
-            "mra_backward",
-            *(q, k, v, None if mask is None else mask.contiguous(), *_layout(q, k, v, of_y)),
-            *(y, maximum, sums, pointers, columns, of_y),
-            *(x if wanted else None for x, wanted in zip(gradients, asked, strict=True)),
-            *(columns.shape[1], int(sparse), forms.dtype_code(q.dtype)),
-        )
+        real = None if mask is None else mask.contiguous()
+        results = [x if wanted else None for x, wanted in zip(gradients, asked, strict=True)]
+        last = kept[3].shape[1], int(sparse), forms.dtype_code(q.dtype)
+        call = forms.library("mra", q.device).call
+        call("mra_backward", q, k, v, real, *_layout(q, k, v, of_y), y.contiguous(), *kept, of_y, *results, *last)
     return gradients
 
 
