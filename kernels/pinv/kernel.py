@@ -89,4 +89,4 @@ def _padded(m: int) -> int:
 @torch.compiler.assume_constant_result
 def _shared_memory(device: torch.device) -> int:
     """The bytes that a block can have."""
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)  # type: ignore[attr-defined]

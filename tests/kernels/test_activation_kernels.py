@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import pytest
 import torch
@@ -125,3 +126,25 @@ def test_the_feed_forward_leaves_the_bias_to_it(activation: str, monkeypatch: py
         found = step()
     assert len(calls) == (0 if activation == "relu" else 1)
     assert_all_close(found, expected, activation)
+
+
+def feed_forward(mesh: Mesh, form: str) -> dict[str, Tensor]:
+    """On every rank the same numbers, of its own part of the features."""
+    layer = FeedForward(mesh, 8, 32, activation="gelu", std=0.5)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(parameter.numel()))
+    x = torch.randn(6, 2, 8, generator=torch.Generator().manual_seed(mesh.tensor.rank))
+    if not mesh.sequence_parallel:
+        x = mesh.tensor.all_reduce(x, torch.distributed.ReduceOp.SUM)
+    with forms.emulated() if form == "emulated" else forms.mode("reference"):
+        y = layer(x.requires_grad_())
+        y.square().sum().backward()
+    assert x.grad is not None
+    return {"y": y.detach(), "x": x.grad} | {name: p.grad.clone() for name, p in layer.named_parameters()}
+
+
+def test_of_features_split_over_ranks(ranks: Any) -> None:
+    expected, found = (ranks.on_mesh(feed_forward, form, tensor=2) for form in ("reference", "emulated"))
+    for one, other in zip(found, expected, strict=True):
+        assert_all_close(one, other, "feed-forward")
+        assert not torch.equal(one["up.bias"], other["up.bias"])  # another order of the sum: it did run
