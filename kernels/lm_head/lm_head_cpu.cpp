@@ -26,6 +26,7 @@ constexpr int N = 8;
 #else
 constexpr int N = 4;
 #endif
+constexpr int PARTS = 32 / N;  // vectors that a sum is made in: many short sums round less than few long ones
 constexpr int64_t CHUNK = 1024;  // logits whose maximum is found before their exponentials; a multiple of N
 constexpr int64_t ROWS = 64;      // as in lm_head.cu
 constexpr int64_t COLUMNS = 512;  // columns that a thread turns at a time; a multiple of N
@@ -174,15 +175,16 @@ void look_at(Found& found, const T* row, int64_t columns) {
             found.best = first + place_of(maximum, chunk, whole, last);
         }
         const Floats highest_so_far = all(found.maximum);
-        Floats a = {}, b = {};
+        Floats sums[PARTS] = {};
         int64_t i = 0;
-        for (; i + 2 * N <= whole; i += 2 * N) {
-            a += exponential(load(chunk + i) - highest_so_far);
-            b += exponential(load(chunk + i + N) - highest_so_far);
+        for (; i + PARTS * N <= whole; i += PARTS * N) {
+#pragma GCC unroll 8
+            for (int k = 0; k < PARTS; ++k) sums[k] += exponential(load(chunk + i + k * N) - highest_so_far);
         }
-        if (i < whole) a += exponential(load(chunk + i) - highest_so_far);
-        if (whole < count) b += exponential(last - highest_so_far);
-        found.total += sum(a + b);
+        for (int k = 0; i < whole; i += N, ++k) sums[k] += exponential(load(chunk + i) - highest_so_far);
+        if (whole < count) sums[0] += exponential(last - highest_so_far);
+        for (int k = 1; k < PARTS; ++k) sums[0] += sums[k];
+        found.total += sum(sums[0]);
     }
 }
 
