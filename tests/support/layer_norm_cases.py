@@ -102,6 +102,7 @@ CASES = {
     "three vectors a lane": Case(6, 768),
     "a full warp": Case(35, 1024),
     "a warp more": Case(5, 1032),
+    "a warp more, many rows": Case(53, 1032),
     "two warps, the second nearly empty": Case(3, 1040),
     "five eighths of four warps": Case(4, 2560),
     "sixteen warps": Case(3, 8200),
