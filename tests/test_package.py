@@ -47,6 +47,8 @@ def test_the_modules_and_nothing_else(wheel: zipfile.ZipFile) -> None:
     modules = {"__init__.py", "version.py", "py.typed"}
     for layer in ("kernels", "parallel", "pretrain", "launch"):
         modules |= {path.relative_to(ROOT).as_posix() for path in (ROOT / layer).rglob("*.py")}
+    for kind in ("*.cu", "*.cuh", "*.cpp", "*.h"):  # what kernels are built from
+        modules |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "kernels").rglob(kind)}
     metadata = {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "top_level.txt", "licenses/LICENSE"}
     expected = {f"farspan/{path}" for path in modules} | {f"{DIST_INFO}/{path}" for path in metadata}
     # Recipes, the quickstart's text and shell scripts stay in the clone: they are examples to copy and change, and a
