@@ -8,23 +8,27 @@ which is y = k ∗ x with k[l] = N^-½ Σ_n γ_n p_n β_n q_n^l.  With two direc
 end, and lag 0 counts in both.  Truncated, only lags below a limit count.
 
 Forms: "recurrence" is the definition, step by step, the truth for tests; "chunked" works by chunks of positions and
-matrix products, linear in length, and keeps only its inputs for the backward pass.  A kernel for one device would be
-chosen in ``_form``.
+matrix products, linear in length, and keeps only its inputs for the backward pass; "compiled" is that as a CUDA kernel
+(ema.cu), for what is not truncated and not float64.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from .. import forms
 from ..documents import Documents
 from .chunked import chunked
+from .fused import DTYPES, fused, why_not
 from .recurrence import recurrence
 
-Form = Literal["recurrence", "chunked"]
+Form = Literal["recurrence", "chunked", "compiled"]
 # Of calls that name none; None: the best for the device.
 DEFAULT: Form | None = None
 
@@ -75,7 +79,10 @@ def ema(
     if state is not None and state.inputs is not None:
         before = len(state.inputs)
         x = torch.cat((state.inputs.to(x.dtype), x))
-    compute = {"recurrence": recurrence, "chunked": chunked}[_form(x, form)]
+    forms_of: dict[Form, Callable[..., tuple[Tensor, Tensor | None]]] = {
+        "recurrence": recurrence, "chunked": chunked, "compiled": functools.partial(fused, carry=carry),
+    }  # fmt: skip
+    compute = forms_of[_form(x, damping, truncation, form)]
     lanes = documents if packed else None
     y, hidden = compute(x, damping, decay, expansion, projection, documents=lanes, start=start, truncation=truncation)
     if not carry:
@@ -85,9 +92,16 @@ def ema(
     return y[before:], EmaState(None, x[max(len(x) - truncation + 1, 0) :].clone())
 
 
-def _form(x: Tensor, form: Form | None) -> Form:
-    """The form that is asked for, or the best for x's device: one, so far."""
-    return form or DEFAULT or "chunked"
+def _form(x: Tensor, damping: Tensor, truncation: int | None, form: Form | None) -> Form:
+    """The form that is asked for, or the best for x's device."""
+    form = form or DEFAULT
+    if form is not None:
+        return form
+    if truncation is None and x.dtype in DTYPES and forms.compiled("ema", x.device):
+        if (reason := why_not(x, damping)) is None:
+            return "compiled"
+        forms.declined("ema", reason)
+    return "chunked"
 
 
 def _check(x: Tensor, parameters: tuple[Tensor, ...], documents: Documents | None, truncation: int | None) -> None:
