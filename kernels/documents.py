@@ -23,6 +23,7 @@ QUERY, GATHER = 25, 25
 # What launching the kernels of a group costs, times the features of all heads: a CPU's (a thread) is measured, a GPU's
 # estimated (150 µs at 50 TFLOP/s).
 LAUNCH = {"cpu": 7e5, "cuda": 5e8}
+TILE = 128  # queries of an entry of ``Documents.tiles``, as kernels/attention/tiles.cuh
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -206,6 +207,36 @@ class Documents:
         slots, _ = self._slots(self._tokens(self.stretches.starts, lengths), lengths, lengths)
         bounds = F.pad(lengths.cumsum(0), (1, 0)).to(self.document_ids.device, torch.int32)
         return slots, bounds, int(lengths.max())
+
+    @property
+    def apart(self) -> bool:
+        """Whether every token sees those of its document, all in one stretch with consecutive indices, in rows as they
+        are: what ``tiles`` can say."""
+        stretches = self.stretches is None or self.stretches.compact
+        return stretches and self.chunk is None and self.wanted is None
+
+    @functools.cached_property
+    def tiles(self) -> tuple[Tensor, bool]:
+        """The queries of each document in TILEs, the longest documents first, and whether every token is in one.
+
+        [tiles, 5] int32: row, position and index of the document's first token, its length, the number of the tile; the
+        first tile of a document whose first index is odd has one query less.
+        """
+        s, b = self.shape
+        if self.stretches is None:
+            starts, lengths = torch.arange(b) * s, torch.full((b,), s)
+            first = torch.zeros(b, dtype=torch.int64)
+        else:
+            order = self.stretches.lengths.argsort(descending=True, stable=True)
+            starts, lengths = self.stretches.starts[order], self.stretches.lengths[order]
+            first = self.stretches.first[order]
+        counts = (lengths + first % 2 + TILE - 1) // TILE
+        numbers = torch.arange(int(counts.sum())) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+        documents = torch.stack((starts // s, starts % s, first, lengths), 1).repeat_interleave(counts, 0)
+        if self.causal:  # the last queries see most
+            numbers = (counts - 1).repeat_interleave(counts) - numbers
+        tiles = torch.cat((documents, numbers.unsqueeze(1)), 1)
+        return tiles.to(self.document_ids.device, torch.int32), int(lengths.sum()) == s * b
 
     def pieces(self, multiple: int, *, keep_padding: bool = False) -> Pieces:
         """Every document by itself, as long as the next multiple of ``multiple``; its tokens are moved together where

@@ -40,6 +40,7 @@ class Operation:
 OPERATIONS = {
     "layer_norm": Operation(("layer_norm/layer_norm.cu",), ("layer_norm/layer_norm_cpu.cpp",)),
     "dropout": Operation(("dropout/dropout.cu",), ("dropout/dropout_cpu.cpp",)),
+    "attention": Operation(("attention/attention.cu",)),
     "ema": Operation(("ema/ema.cu",)),
     "mra": Operation(("mra/mra.cu",), ("mra/mra_cpu.cpp",)),
     "pinv": Operation(("pinv/pinv.cu",)),

@@ -131,6 +131,17 @@ FARSPAN_DEVICE void store(T* to, const Vector<T, N>& values) {
     *reinterpret_cast<Vector<T, N>*>(to) = values;
 }
 
+// 2 to the power of x, by the device's approximation: 2 units in the last place, numbers below 2^-126 are 0.
+FARSPAN_DEVICE float power_of_2(float x) {
+#if defined(__CUDACC__)
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
+    return y;
+#else
+    return std::exp2(x);
+#endif
+}
+
 // ---- a block's threads ---------------------------------------------------------------------------------------------
 
 FARSPAN_DEVICE int lane_index() { return static_cast<int>(threadIdx.x) % WARP; }

@@ -23,6 +23,7 @@ class MegatronBertConfig(DenseAttentionConfig):
 class MegatronBert(BertModel):
     name = "megatron-bert"
     config_class = MegatronBertConfig
+    operations = (*BertModel.operations, "attention")
     heads_allowed = ("lm", "nsp")
     config: MegatronBertConfig
 

@@ -48,6 +48,7 @@ class RobertaPreLayerNormConfig(DenseAttentionConfig):
 class RobertaPreLayerNorm(BertModel):
     name = "roberta-prelayernorm"
     config_class = RobertaPreLayerNormConfig
+    operations = (*BertModel.operations, "attention")
     embedding_norm = True
     config: RobertaPreLayerNormConfig
 

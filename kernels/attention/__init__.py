@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .documents import Documents, Group
-from .dropout import dropout
+from ..documents import Documents, Group
+from ..dropout import dropout
+from .fused import computes, fused
 
 # Weights (n · h · l · l) that a CPU computes at once: larger tensors leave the cache, and each takes fresh pages from
 # the system (measured: 25 million at once take up to 1.8 times the time).
@@ -42,6 +43,8 @@ def attention(
 ) -> Tensor:
     """softmax(q kᵀ / √d) v within each document (arXiv 1706.03762, equation 1).
 
+    With dropout and nothing else that has the weights in memory, by CUDA kernels (see ``fused``) where they can.
+
     q, k: [s, b, h, d]; v: [s, b, h, e] → [s, b, h, e].  Padding gets finite values, and zeros unless the form is dense.
     p, keys: dropout of the weights; keys [h, s, b] int64 are one a query (``DropoutKey.rows``), the features are the
     indices of the tokens that the weights are for.
@@ -53,6 +56,8 @@ def attention(
     """
     terms = Terms(documents.causal, p, distances, distance_keys, bias, weights)
     keys = keys if p > 0 else None
+    if keys is not None and not terms.explicit and documents.apart and computes(q, k, v):
+        return fused(q, k, v, documents, p, keys)
     form = documents.form(q, explicit=keys is not None or terms.explicit)
     if form == "dense":
         keys = None if keys is None else documents.rows(keys.permute(1, 2, 0))
