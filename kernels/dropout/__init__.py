@@ -2,14 +2,40 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
 from .. import forms
 from . import ops, reference
-from .reference import DropoutKey, keep_mask, stream, threshold
+from .reference import keep_mask, stream, threshold
 
 __all__ = ["DropoutKey", "dropout", "dropout_add", "keep_mask", "stream", "threshold"]
+
+
+@dataclasses.dataclass(frozen=True)
+class DropoutKey:
+    """What the masks of one microbatch are keyed by.
+
+    ``samples``: int64, indices of the rows in the whole run: [b], or [s, b] where every position has its own.
+    """
+
+    seed: int
+    step: int
+    samples: Tensor
+
+    def rows(self, stream: int, positions: Tensor) -> Tensor:
+        """Row keys of one use of dropout.
+
+        ``stream`` names the use (which layer, which place); ``positions`` int64, of any shape that broadcasts with
+        ``samples``.  Returns int64 keys of the broadcast shape.
+        """
+        base = reference.base_key(self.seed, self.step, stream)
+        small = max(self.samples.dim(), positions.dim()) <= 3 and self.samples.dtype == positions.dtype == torch.int64
+        if small and self.samples.device == positions.device and forms.compiled("dropout", positions.device):
+            return ops.row_keys(base, self.samples, positions)
+        return reference.row_keys(base, self.samples, positions)
 
 
 def dropout(x: Tensor, p: float, keys: Tensor | None, first: Tensor | int = 0) -> Tensor:

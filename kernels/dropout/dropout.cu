@@ -110,6 +110,11 @@ __global__ void __launch_bounds__(THREADS, 4) dropout_kernel(Dropout a) {
     }
 }
 
+__global__ void __launch_bounds__(THREADS) keys_kernel(const int64_t* samples, const int64_t* positions, uint64_t* keys, uint64_t base, KeyLayout layout) {
+    const int64_t i = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
+    if (i < layout.sizes[0] * layout.sizes[1] * layout.sizes[2]) keys[i] = layout.key(base, samples, positions, i);
+}
+
 }  // namespace farspan
 
 // y = residual + dropout(x), all [rows, features] of `dtype`; residual null: 0.
@@ -124,4 +129,13 @@ FARSPAN_EXPORT int dropout_apply(const void* x, const void* residual, void* y, c
         const dim3 grid(static_cast<unsigned>((a.elements + tile - 1) / tile));
         return launch(dropout_kernel<T>, grid, dim3(THREADS), 0, stream, a);
     });
+}
+
+// keys = dropout_key(base, samples, positions): [a, b, c] int64, the others int64 with strides.
+FARSPAN_EXPORT int dropout_keys(const void* samples, const void* positions, void* keys, int64_t base, int64_t a, int64_t b, int64_t c, int64_t samples_a, int64_t samples_b, int64_t samples_c, int64_t positions_a, int64_t positions_b, int64_t positions_c, void* stream) {
+    using namespace farspan;
+    const KeyLayout layout{{a, b, c}, {samples_a, samples_b, samples_c}, {positions_a, positions_b, positions_c}};
+    return launch(keys_kernel, dim3(static_cast<unsigned>((a * b * c + THREADS - 1) / THREADS)), dim3(THREADS), 0, stream,
+                  static_cast<const int64_t*>(samples), static_cast<const int64_t*>(positions),
+                  static_cast<uint64_t*>(keys), static_cast<uint64_t>(base), layout);
 }

@@ -60,3 +60,18 @@ FARSPAN_EXPORT int dropout_apply(const void* x, const void* residual, void* y, c
         return 0;
     });
 }
+
+// As in dropout.cu.
+FARSPAN_EXPORT int dropout_keys(const void* samples, const void* positions, void* keys, int64_t base, int64_t a, int64_t b, int64_t c, int64_t samples_a, int64_t samples_b, int64_t samples_c, int64_t positions_a, int64_t positions_b, int64_t positions_c, int threads) {
+    using namespace farspan;
+    const KeyLayout layout{{a, b, c}, {samples_a, samples_b, samples_c}, {positions_a, positions_b, positions_c}};
+    uint64_t* to = static_cast<uint64_t*>(keys);
+    auto work = [&](int64_t i, int64_t last) {
+        for (; i < last; ++i) {
+            to[i] = layout.key(static_cast<uint64_t>(base), static_cast<const int64_t*>(samples),
+                               static_cast<const int64_t*>(positions), i);
+        }
+    };
+    parallel(threads, a * b * c, work, 16384);
+    return 0;
+}

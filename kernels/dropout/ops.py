@@ -58,6 +58,25 @@ def _backward(ctx: Any, of_y: Tensor) -> tuple[Tensor | None, ...]:
 masked.register_autograd(_backward, setup_context=_save)
 
 
+@torch.library.custom_op("farspan::dropout_keys", mutates_args=())
+def row_keys(base: int, samples: Tensor, positions: Tensor) -> Tensor:
+    """As ``reference.row_keys``, of at most three dimensions: one small kernel for a dozen."""
+    shape = torch.broadcast_shapes(samples.shape, positions.shape)
+    keys = samples.new_empty(shape)
+    if keys.numel():
+        # Strides of 0 where numbers are repeated; dimensions of 1 before the others.
+        spread = [t.expand(shape)[(None,) * (3 - len(shape))] for t in (samples, positions)]
+        strides = [stride for t in spread for stride in t.stride()]
+        library = forms.library("dropout", keys.device)
+        library.call("dropout_keys", samples, positions, keys, base, *spread[0].shape, *strides)
+    return keys
+
+
+@row_keys.register_fake
+def _(base: int, samples: Tensor, positions: Tensor) -> Tensor:
+    return samples.new_empty(torch.broadcast_shapes(samples.shape, positions.shape))
+
+
 @torch.compiler.assume_constant_result
 def is_processors(operation: str, device: torch.device) -> bool:
     """Whether the compiled form, where there is one, is the CPU's own, not a device's or its emulation."""

@@ -12,8 +12,6 @@ what is kept.
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import Tensor
 
@@ -42,26 +40,15 @@ def _mix_tensor(value: Tensor) -> Tensor:
     return value ^ ((value >> 31) & ((1 << 33) - 1))
 
 
-@dataclasses.dataclass(frozen=True)
-class DropoutKey:
-    """What the masks of one microbatch are keyed by.
+def base_key(seed: int, step: int, stream: int) -> int:
+    """What the row keys of one use of dropout have in common, a signed number of 64 bits."""
+    return _signed64(_mix_int(_mix_int(_mix_int(seed) + step * _GOLDEN) + stream * _GOLDEN))
 
-    ``samples``: int64, indices of the rows in the whole run: [b], or [s, b] where every position has its own.
-    """
 
-    seed: int
-    step: int
-    samples: Tensor
-
-    def rows(self, stream: int, positions: Tensor) -> Tensor:
-        """Row keys of one use of dropout.
-
-        ``stream`` names the use (which layer, which place); ``positions`` int64, of any shape that broadcasts with
-        ``samples``.  Returns int64 keys of the broadcast shape.
-        """
-        base = _mix_int(_mix_int(_mix_int(self.seed) + self.step * _GOLDEN) + stream * _GOLDEN)
-        samples = _mix_tensor(self.samples * _signed64(_GOLDEN) + _signed64(base))
-        return _mix_tensor(samples + positions * _signed64(_GOLDEN))
+def row_keys(base: int, samples: Tensor, positions: Tensor) -> Tensor:
+    """int64 of the shape that ``samples`` and ``positions`` broadcast to: see ``DropoutKey.rows``."""
+    mixed = _mix_tensor(samples * _signed64(_GOLDEN) + base)
+    return _mix_tensor(mixed + positions * _signed64(_GOLDEN))
 
 
 def stream(layer: int, place: int) -> int:

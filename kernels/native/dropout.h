@@ -5,6 +5,30 @@
 
 namespace farspan {
 
+constexpr uint64_t GOLDEN = 0x9E3779B97F4A7C15u;
+
+FARSPAN_HOST_DEVICE uint64_t dropout_mix(uint64_t x) {
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
+    return x ^ (x >> 31);
+}
+
+// The key of a row, from what a use of dropout has in common.
+FARSPAN_HOST_DEVICE uint64_t dropout_key(uint64_t base, uint64_t sample, uint64_t position) {
+    return dropout_mix(dropout_mix(sample * GOLDEN + base) + position * GOLDEN);
+}
+
+// How samples and positions of up to three dimensions lie, 0 the stride of what is repeated.
+struct KeyLayout {
+    int64_t sizes[3], of_samples[3], of_positions[3];
+
+    FARSPAN_HOST_DEVICE uint64_t key(uint64_t base, const int64_t* samples, const int64_t* positions, int64_t i) const {
+        const int64_t c = i % sizes[2], b = i / sizes[2] % sizes[1], a = i / sizes[2] / sizes[1];
+        return dropout_key(base, static_cast<uint64_t>(samples[a * of_samples[0] + b * of_samples[1] + c * of_samples[2]]),
+                           static_cast<uint64_t>(positions[a * of_positions[0] + b * of_positions[1] + c * of_positions[2]]));
+    }
+};
+
 // 32 bits for features 2 · pair (the low half) and 2 · pair + 1 (the high half) of the row with this key.  Word: uint32_t
 // or a vector of them.
 template <class Word>

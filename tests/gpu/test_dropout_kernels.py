@@ -9,7 +9,7 @@ import torch
 from dropout_cases import CASES, DTYPES, Case, assert_as_the_reference
 
 from farspan.kernels import forms
-from farspan.kernels.dropout import DropoutKey, dropout, keep_mask
+from farspan.kernels.dropout import DropoutKey, dropout, keep_mask, reference
 
 pytestmark = [
     pytest.mark.gpu,
@@ -29,6 +29,14 @@ LARGE = {
 @pytest.mark.parametrize("case", CASES | LARGE)
 def test_as_the_reference(case: str, dtype: torch.dtype) -> None:
     assert_as_the_reference((CASES | LARGE)[case], dtype, COMPILED, COMPILED, device="cuda")
+
+
+def test_keys_are_the_references() -> None:
+    samples, positions = torch.arange(3, 9), torch.arange(4096).unsqueeze(1)
+    for heads in (torch.zeros(1, dtype=torch.int64), torch.arange(12).view(12, 1, 1) << 32):
+        with COMPILED():
+            keys = DropoutKey(5, 7, samples.cuda()).rows(3, (positions + heads).cuda())
+        assert torch.equal(keys.cpu(), reference.row_keys(reference.base_key(5, 7, 3), samples, positions + heads))
 
 
 def test_more_numbers_than_32_bits_count() -> None:

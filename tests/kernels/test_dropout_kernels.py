@@ -44,7 +44,7 @@ def test_for_the_cpu_with_any_number_of_threads(case: str, dtype: torch.dtype, m
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)  # as they were again after the test: see conftest
         assert_as_the_reference(CASES[case], dtype, COMPILED)
-    assert called == ["dropout_apply"] * 6
+    assert called == ["dropout_keys", "dropout_apply", "dropout_apply"] * 3
 
 
 def test_any_shape() -> None:
@@ -60,6 +60,21 @@ def test_any_shape() -> None:
         dtype = choose.choice(DTYPES)
         forms_of = [functools.partial(forms.emulated, choose.randint(2, 99))]
         assert_as_the_reference(case, dtype, *forms_of, *([COMPILED] if dtype != torch.float16 else []))
+
+
+@FORMS
+def test_keys_are_the_references(form: functools.partial) -> None:
+    generator = torch.Generator().manual_seed(1)
+    wide = torch.randint(-(1 << 63), (1 << 63) - 1, (4, 5, 6, 2), generator=generator)
+    base = reference.base_key(2**63 + 5, 123_456, 77)
+    for samples in (wide[0, 0, :, 0], wide[0, :, :, 1], wide[0, 0, 0, 0], wide[..., 0], wide[0, :, :1, 0]):
+        for positions in (wide[:, :, :, 1], wide[1, :, :, 0], wide[1, :, :1, 0], wide[2, 0, 0, 1]):
+            with form():
+                keys = DropoutKey(2**63 + 5, 123_456, samples).rows(77, positions)
+            assert torch.equal(keys, reference.row_keys(base, samples, positions))
+    with form():
+        assert DropoutKey(1, 2, wide[:0, 0, 0, 0]).rows(3, wide[:2, :1, 0, 0]).shape == (2, 0)
+        torch.library.opcheck(ops.row_keys, (base, wide[0, 0, :, 0], wide[:, :, :1, 0]))
 
 
 @FORMS
