@@ -10,8 +10,8 @@
 // With weights p = exp(s − maximum) / sum:  ∂v = pᵀ ∂y,  ∂s = p (∂y vᵀ − δ),  ∂q = ∂s k / √d,  ∂k = ∂sᵀ q / √d.  COARSE
 // is the same of p = n exp(l − r), ∂y = U, δ = w.
 //
-// Bounds of FINE, for m selected blocks: each of the two kernels moves 128 m d bytes through the L2 cache, as the forward
-// pass; products are 6144 m d and 8192 m d operations.
+// Bounds of FINE, for m selected blocks: each of the two kernels moves 128 m d bytes through the L2 cache, as the
+// forward pass; products are 6144 m d and 8192 m d operations.
 #pragma once
 
 #include "stream.cuh"
@@ -19,7 +19,7 @@
 namespace farspan {
 namespace mra {
 
-constexpr int PREPARE_WARPS = 4;
+constexpr int PREPARE_WARPS = 4, STATISTICS = 3;
 
 template <class T>
 struct Prepare {
@@ -27,10 +27,19 @@ struct Prepare {
     const float *maximum, *sums;   // [matrices, 32 nb]
     const uint32_t* tokens;
     const float* rest_maximum;     // r [matrices, padded nb]; null: no low-resolution part
-    float *inverse, *delta;        // [matrices, 32 nb]
-    float *of_values, *of_sums;    // U [matrices, nb, d], w [matrices, padded nb]
+    float* statistics;             // maximum, δ, 1 / sum: [matrices, nb, 3, 32]
+    float* rest_statistics;        // r, w, 1: [matrices, words, 3, 32]
+    float* of_values;              // U [matrices, nb, d]
     Sizes sizes;
 };
+
+// What products of a row's scores need: [tiles, STATISTICS, 32].
+FARSPAN_DEVICE void write_statistics(float* to, int64_t tile, int row, float maximum, float delta, float inverse) {
+    to += tile * STATISTICS * BLOCK + row;
+    to[0] = maximum;
+    to[BLOCK] = delta;
+    to[2 * BLOCK] = inverse;
+}
 
 template <class T>
 __global__ void __launch_bounds__(PREPARE_WARPS * WARP) prepare(const Prepare<T> p) {
@@ -60,11 +69,9 @@ __global__ void __launch_bounds__(PREPARE_WARPS * WARP) prepare(const Prepare<T>
         }
         for (int distance = 1; distance < lanes; distance *= 2) delta += shuffle_xor(delta, distance);
         const float inverse = 1.0f / p.sums[at];
-        if (lane % lanes == 0) {
-            p.inverse[at] = inverse;
-            p.delta[at] = delta;
-        }
-        const float share = is_real ? expf(rest - p.maximum[at]) * inverse : 0.0f;
+        const float maximum = p.maximum[at];
+        if (lane % lanes == 0) write_statistics(p.statistics, block, row, maximum, delta, inverse);
+        const float share = is_real ? expf(rest - maximum) * inverse : 0.0f;
         sum += share * delta;
 #pragma unroll
         for (int part = 0; part < PARTS; ++part) {
@@ -81,7 +88,10 @@ __global__ void __launch_bounds__(PREPARE_WARPS * WARP) prepare(const Prepare<T>
             for (int i = 0; i < EACH; ++i) sums[part][i] += shuffle_xor(sums[part][i], distance);
         }
     }
-    if (lane == 0) p.of_sums[matrix * s.padded() + block % s.nb] = sum;
+    if (lane == 0) {
+        const int own = static_cast<int>(block % s.nb);
+        write_statistics(p.rest_statistics, matrix * s.words() + own / BLOCK, own % BLOCK, rest, sum, 1.0f);
+    }
 #pragma unroll
     for (int part = 0; part < PARTS; ++part) {
         const int to = column + part * EACH * WARP;
@@ -95,22 +105,18 @@ template <class T>
 struct Differentiate {
     Rows<const T> q, k, v, of_y;
     Rows<T> of_q, of_k, of_v;
-    const float *maximum, *inverse, *delta;  // [matrices, 32 nb]; COARSE: r, null, w [matrices, padded nb]
+    const float* statistics;  // as ``prepare`` wrote them
     const uint32_t* tokens;
     Lists lists;  // by rows, or by columns
     const float *of_q_mean, *of_k_mean, *of_v_mean;  // [matrices, nb, d] what COARSE wrote; null: nothing
     Shape shape;
 };
 
-// maximum, δ, 1 / sum; of COARSE the last is 1.
-template <bool COARSE>
-constexpr int STATISTICS_OF = COARSE ? 2 : 3;
-
 // `own` tiles of the block's rows; see ``meet``.
-template <class T, int STATISTICS>
+template <class T, int NUMBERS>
 size_t differentiate_bytes(const Shape& shape) {
     const int tiles =
-        2 * tile_bytes<T>(shape.width) + shape.stages * shape.groups * stage_bytes<T, STATISTICS>(shape.width);
+        2 * tile_bytes<T>(shape.width) + shape.stages * shape.groups * stage_bytes<T, NUMBERS>(shape.width);
     const int given = (shape.groups - 1) * 2 * shape.chunks() * CHUNK / 2 * WARP * static_cast<int>(sizeof(float));
     return static_cast<size_t>(max(tiles, given));
 }
@@ -124,7 +130,7 @@ FARSPAN_DEVICE void write_gradient(
     const Sizes& s = shape.sizes;
     const int d = D ? D : s.d;
     const float share = mean_factor / (static_cast<float>(__popc(real)) + EPSILON);
-    if (of_mean != nullptr) of_mean += (place.matrix * s.nb + place.tile) * s.d;
+    if (of_mean != nullptr) of_mean += (place.matrix() * s.nb + place.tile) * s.d;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int row = place.row + place.g + 8 * half;
@@ -153,7 +159,7 @@ FARSPAN_DEVICE void bits_of_rows(const uint32_t* (&bits)[2], const Lists& lists,
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int row = min(place.tile * BLOCK + place.row + place.g + 8 * half, s.nb - 1);
-        bits[half] = lists.bits + (place.matrix * s.nb + row) * s.words();
+        bits[half] = lists.bits + (place.matrix() * s.nb + row) * s.words();
     }
 }
 
@@ -184,12 +190,12 @@ __global__ void __launch_bounds__(D ? 128 : 256, D ? 4 : 1) differentiate_rows(c
     const uint32_t* bits[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        const int64_t at = place.matrix * (COARSE ? s.padded() : static_cast<int64_t>(s.nb) * BLOCK) + first +
-                           place.row + place.g + 8 * half;
+        const int64_t tile = place.matrix() * tiles_of_matrix<COARSE>(s) + place.tile;
+        const float* statistics = p.statistics + tile * STATISTICS * BLOCK + place.row + place.g + 8 * half;
         const bool exists = !COARSE || first + place.row + place.g + 8 * half < s.nb;
-        maximum[half] = exists ? p.maximum[at] : 0.0f;
-        inverse[half] = COARSE ? 1.0f : p.inverse[at];
-        delta[half] = exists ? p.delta[at] : 0.0f;
+        maximum[half] = exists ? statistics[0] : 0.0f;
+        delta[half] = exists ? statistics[BLOCK] : 0.0f;
+        inverse[half] = exists ? statistics[2 * BLOCK] : 0.0f;
     }
     if constexpr (COARSE) bits_of_rows(bits, p.lists, s, place);
 
@@ -215,7 +221,7 @@ __global__ void __launch_bounds__(D ? 128 : 256, D ? 4 : 1) differentiate_rows(c
         }
         add_products<T, D>(of_q, of_w, keys + place.chunk * CHUNK, stride, width - place.chunk * CHUNK);
     };
-    const Met<T, 0> met{p.k, p.v, {}, 0};
+    const Met<T> met{p.k, p.v, nullptr};
     const auto tiles = Tiles<COARSE>::of(shape, place, p.tokens, p.lists.pointers, p.lists.columns);
     meet<T, D, COARSE, 0>(shape, place, tiles, met, shared + 2 * tile_bytes<T>(width), [&] { q.keep(); }, work);
     gather_sums(shared, shape, place, of_q);
@@ -226,7 +232,6 @@ __global__ void __launch_bounds__(D ? 128 : 256, D ? 4 : 1) differentiate_rows(c
 // Gradients of keys and values: own rows are k and v, met q and ∂y.
 template <class T, int D, bool COARSE>
 __global__ void __launch_bounds__(D ? 128 : 256, D ? 3 : 1) differentiate_columns(const Differentiate<T> p) {
-    constexpr int STATISTICS = STATISTICS_OF<COARSE>;
     const Shape& shape = p.shape;
     const Sizes& s = shape.sizes;
     const Place place = Place::of<D, COARSE>(shape);
@@ -243,7 +248,7 @@ __global__ void __launch_bounds__(D ? 128 : 256, D ? 3 : 1) differentiate_column
     };
     copy(k_tile, p.k);
     copy(v_tile, p.v);
-    Own<T, D / 2> k{k_tile + place.row * stride, stride, {}};
+    Own<T, D> k{k_tile + place.row * stride, stride, {}};
     const Own<T, 0> v{v_tile + place.row * stride, stride, {}};
 
     float of_k[CHUNK / 8][4], of_v[CHUNK / 8][4], number[2];
@@ -267,8 +272,7 @@ __global__ void __launch_bounds__(D ? 128 : 256, D ? 3 : 1) differentiate_column
             const int query = 8 * j + 2 * place.t;
             const Vector<float, 2> maximum = load<float, 2>(statistics + query);
             const Vector<float, 2> delta = load<float, 2>(statistics + BLOCK + query);
-            Vector<float, 2> inverse{{1.0f, 1.0f}};
-            if constexpr (!COARSE) inverse = load<float, 2>(statistics + 2 * BLOCK + query);
+            const Vector<float, 2> inverse = load<float, 2>(statistics + 2 * BLOCK + query);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 bool seen = number[i / 2] > 0.0f;
@@ -284,11 +288,10 @@ __global__ void __launch_bounds__(D ? 128 : 256, D ? 3 : 1) differentiate_column
         add_products<T, D>(of_v, w, of_y + left, stride, width - left);
         add_products<T, D>(of_k, of_w, queries + left, stride, width - left);
     };
-    const int64_t padded = COARSE ? s.padded() : static_cast<int64_t>(s.nb) * BLOCK;
-    Met<T, STATISTICS> met{p.q, p.of_y, {p.maximum, p.delta}, padded};
-    if constexpr (!COARSE) met.statistics[2] = p.inverse;
+    const Met<T> met{p.q, p.of_y, p.statistics};
     const auto tiles = Tiles<COARSE>::of(shape, place, p.tokens, p.lists.pointers, p.lists.columns);
-    meet<T, D, COARSE, STATISTICS>(shape, place, tiles, met, shared + 2 * tile_bytes<T>(width), [&] { k.keep(); }, work);
+    const auto ready = [&] { k.keep(); };
+    meet<T, D, COARSE, STATISTICS>(shape, place, tiles, met, shared + 2 * tile_bytes<T>(width), ready, work);
     gather_sums(shared, shape, place, of_k);
     gather_sums(shared, shape, place, of_v);
     if (place.group > 0) return;

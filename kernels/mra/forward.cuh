@@ -3,7 +3,7 @@
 //
 // Bounds, for m selected blocks of 32 × 32 and d numbers of 2 bytes: 128 m d bytes of keys and values through the L2
 // cache (once for each selected block: 0.8 GB of the 0.2 GB that they are at B8 H12 L4096 d64, 8 blocks a row), and
-// 4096 m d floating-point operations; the first is the longer where L2 gives less than 8 TB/s.  COARSE has 1 / 32 of the
+// 4096 m d floating-point operations; the first takes longer where L2 gives less than 8 TB/s.  COARSE has 1 / 32 of the
 // rows: 4 nb² d operations of a matrix, of TF32 in threes.
 #pragma once
 
@@ -26,7 +26,8 @@ struct Attend {
 template <class T>
 size_t attend_bytes(const Shape& shape) {
     const int tiles = tile_bytes<T>(shape.width) + shape.stages * shape.groups * stage_bytes<T, 0>(shape.width);
-    const int given = (shape.groups - 1) * 2 * shape.chunks() * (CHUNK / 2 + 4) * WARP * static_cast<int>(sizeof(float));
+    const int warps = (shape.groups - 1) * 2 * shape.chunks();
+    const int given = warps * (CHUNK / 2 + 4) * WARP * static_cast<int>(sizeof(float));
     return static_cast<size_t>(max(tiles, given));
 }
 
@@ -53,13 +54,13 @@ __global__ void __launch_bounds__(D ? 128 : 256, D ? 5 : 1) attend(const Attend<
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int64_t row = min(static_cast<int>(first) + place.row + place.g + 8 * half, s.nb - 1);
-            bits[half] = p.lists.bits + (place.matrix * s.nb + row) * s.words();
+            bits[half] = p.lists.bits + (place.matrix() * s.nb + row) * s.words();
         }
     } else if (p.rest_maximum != nullptr && place.group == 0) {
-        const int64_t row = place.matrix * s.padded() + place.tile;
+        const int64_t row = place.matrix() * s.padded() + place.tile;
         maximum[0] = maximum[1] = p.rest_maximum[row];
         if (place.t == 0) sums[0] = sums[1] = p.rest_sums[row];  // lanes are added at the end
-        const float* values = p.rest_values + (place.matrix * s.nb + place.tile) * s.d;
+        const float* values = p.rest_values + (place.matrix() * s.nb + place.tile) * s.d;
 #pragma unroll
         for (int j = 0; j < CHUNK / 8; ++j) {
             const int column = place.chunk * CHUNK + 8 * j + 2 * place.t;
@@ -116,7 +117,7 @@ __global__ void __launch_bounds__(D ? 128 : 256, D ? 5 : 1) attend(const Attend<
         }
         add_products<T, D>(y, w, values + place.chunk * CHUNK, stride, width - place.chunk * CHUNK);
     };
-    const Met<T, 0> met{p.k, p.v, {}, 0};
+    const Met<T> met{p.k, p.v, nullptr};
     const auto tiles = Tiles<COARSE>::of(shape, place, p.tokens, p.lists.pointers, p.lists.columns);
     meet<T, D, COARSE, 0>(shape, place, tiles, met, shared + tile_bytes<T>(width), [] {}, work);
 
@@ -165,7 +166,7 @@ __global__ void __launch_bounds__(D ? 128 : 256, D ? 5 : 1) attend(const Attend<
             sums[half] += EPSILON;
         }
         if (place.chunk == 0 && place.t == 0) {
-            const int64_t at = place.matrix * (COARSE ? s.padded() : static_cast<int64_t>(s.nb) * BLOCK) + token;
+            const int64_t at = place.matrix() * (COARSE ? s.padded() : static_cast<int64_t>(s.nb) * BLOCK) + token;
             p.maximum[at] = maximum[half];
             p.sums[at] = sums[half];
         }

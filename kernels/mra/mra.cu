@@ -1,4 +1,4 @@
-// MRA-2 attention: launchers.  What is computed, and by which kernels, is said in selection.cuh, forward.cuh, backward.cuh.
+// MRA-2 attention: launchers.  What is computed, and by which kernels: selection.cuh, forward.cuh, backward.cuh.
 #include "backward.cuh"
 #include "forward.cuh"
 
@@ -7,7 +7,9 @@ namespace mra {
 
 inline unsigned blocks_for(int64_t items, int each) { return static_cast<unsigned>((items + each - 1) / each); }
 
-Sizes sizes_of(int64_t batch, int64_t heads, int64_t length, int64_t d, int64_t budget, int first, int diagonal, bool masked) {
+Sizes sizes_of(
+    int64_t batch, int64_t heads, int64_t length, int64_t d, int64_t budget, int first, int diagonal, bool masked
+) {
     const int64_t nb = (length + BLOCK - 1) / BLOCK;
     return {static_cast<int>(batch), static_cast<int>(heads), static_cast<int>(length), static_cast<int>(d),
             static_cast<int>(nb), static_cast<int>(budget), first, diagonal, !masked && length % BLOCK == 0};
@@ -64,7 +66,7 @@ int launch_rows(Differentiate<T> p, const Plan& plan) {
 template <class T, int D, bool COARSE>
 int launch_columns(Differentiate<T> p, const Plan& plan) {
     const Sizes s = p.shape.sizes;
-    const auto bytes = [](const Shape& x) { return differentiate_bytes<T, STATISTICS_OF<COARSE>>(x); };
+    const auto bytes = [](const Shape& x) { return differentiate_bytes<T, STATISTICS>(x); };
     p.shape = shape_of(s, plan, D ? 128 : 256, bytes);
     const unsigned blocks = static_cast<unsigned>(s.matrices() * (COARSE ? s.words() : s.nb));
     return launch(differentiate_columns<T, D, COARSE>, blocks, p.shape.threads(), bytes(p.shape), plan.stream, p);
@@ -93,8 +95,8 @@ int launch_selection(
     for (int digit = 0; error == 0 && digit <= DIGITS; ++digit) {
         const int together = digit == DIGITS ? 1 : parts;
         error = launch(
-            select_digit, matrices * static_cast<unsigned>(together), threads, select_bytes(), stream, known, thresholds,
-            histograms, size, s.budget, static_cast<int>(number), together, digit
+            select_digit, matrices * static_cast<unsigned>(together), threads, select_bytes(), stream, known,
+            thresholds, histograms, size, s.budget, static_cast<int>(number), together, digit
         );
     }
     const Threshold* const found = thresholds + (DIGITS - 1) * number;
@@ -134,12 +136,10 @@ FARSPAN_EXPORT int mra_forward(const void* q, const void* k, const void* v, cons
 
     int error = with_dtype(dtype, [&](auto zero) {
         using T = decltype(zero);
-        const Strides in{in_batch, in_head, in_token};
-        const Rows<const T> of_q{static_cast<const T*>(q), in}, of_k{static_cast<const T*>(k), in};
-        const Rows<const T> of_v{static_cast<const T*>(v), in};
         return launch(
-            block_means<T>, blocks_for(3 * matrices * s.nb, MEANS_WARPS), MEANS_WARPS * WARP, 0, stream, of_q, of_k, of_v,
-            static_cast<const uint8_t*>(mask), m, s, scale
+            block_means<T>, blocks_for(3 * matrices * s.nb, MEANS_WARPS), MEANS_WARPS * WARP, 0, stream,
+            static_cast<const T*>(q), static_cast<const T*>(k), static_cast<const T*>(v),
+            Strides{in_batch, in_head, in_token}, static_cast<const uint8_t*>(mask), m, s, scale
         );
     });
     for (int64_t from = 0; error == 0 && from < matrices; from += together) {
@@ -162,8 +162,8 @@ FARSPAN_EXPORT int mra_forward(const void* q, const void* k, const void* v, cons
         const Strides in{in_batch, in_head, in_token}, out{out_batch, out_head, out_token};
         const Attend<T> fine{
             {static_cast<const T*>(q), in}, {static_cast<const T*>(k), in}, {static_cast<const T*>(v), in},
-            {static_cast<T*>(y), out}, static_cast<float*>(norms), static_cast<float*>(norms) + of_rows, m.tokens, lists,
-            rest_maximum, rest_sums, static_cast<const float*>(rest_values), Shape{s, 0, 0, 0, 0.0f}
+            {static_cast<T*>(y), out}, static_cast<float*>(norms), static_cast<float*>(norms) + of_rows, m.tokens,
+            lists, rest_maximum, rest_sums, static_cast<const float*>(rest_values), Shape{s, 0, 0, 0, 0.0f}
         };
         if constexpr (HAS_64<T>) {
             if (d == 64) return launch_attend<T, 64, false>(fine, plan);
@@ -173,9 +173,10 @@ FARSPAN_EXPORT int mra_forward(const void* q, const void* k, const void* v, cons
 }
 
 // What ``mra_forward`` wrote, and the gradient of y, whose strides are those of y and of the gradients.
-// masked: whether that was given a mask.  Scratch: turned [matrices, nb, words], column_pointers [matrices, nb + 1], column_rows [matrices, budget], column_counts
-// [matrices, nb] int32;  of_norms [2, matrices, 32 nb] float32;  and, null in sparse mode, of_rest [matrices, padded] and
-// of_means [4, matrices, nb, d] float32.
+// masked: whether that was given a mask.
+// Scratch: turned [matrices, nb, words], column_pointers [matrices, nb + 1], column_rows [matrices, budget],
+// column_counts [matrices, nb] int32;  of_norms [3, matrices, 32 nb] float32;  and, null in sparse mode, of_rest
+// [3, matrices, padded] and of_means [4, matrices, nb, d] float32.
 FARSPAN_EXPORT int mra_backward(const void* q, const void* k, const void* v, const void* y, const void* of_y, const void* norms, const void* tokens, const void* bits, const void* pointers, const void* columns, const void* means, const void* rest, void* of_q, void* of_k, void* of_v, void* turned, void* column_pointers, void* column_rows, void* column_counts, void* of_norms, void* of_rest, void* of_means, int64_t batch, int64_t heads, int64_t length, int64_t d, int64_t budget, int masked, int64_t in_batch, int64_t in_head, int64_t in_token, int64_t out_batch, int64_t out_head, int64_t out_token, float scale, int shared, int dtype, void* stream) {
     const Sizes s = sizes_of(batch, heads, length, d, budget, 0, -1, masked != 0);
     const int64_t matrices = s.matrices(), mean_size = matrices * s.nb * d, row_size = matrices * s.nb * BLOCK;
@@ -185,7 +186,8 @@ FARSPAN_EXPORT int mra_backward(const void* q, const void* k, const void* v, con
     const uint32_t* const real = static_cast<const uint32_t*>(tokens);
     const auto writable = [](const void* x) { return const_cast<void*>(x); };
     const Lists by_rows{
-        static_cast<uint32_t*>(writable(bits)), static_cast<int*>(writable(pointers)), static_cast<int*>(writable(columns))
+        static_cast<uint32_t*>(writable(bits)), static_cast<int*>(writable(pointers)),
+        static_cast<int*>(writable(columns))
     };
     const Lists by_columns{
         static_cast<uint32_t*>(turned), static_cast<int*>(column_pointers), static_cast<int*>(column_rows)
@@ -203,14 +205,14 @@ FARSPAN_EXPORT int mra_backward(const void* q, const void* k, const void* v, con
     if (error != 0) return error;
 
     const float *const maximum = static_cast<const float*>(norms), *const r = static_cast<const float*>(rest);
-    float *const inverse = static_cast<float*>(of_norms), *const delta = inverse + row_size;
-    float *const w = static_cast<float*>(of_rest), *const mean_gradients = static_cast<float*>(of_means);
+    float *const statistics = static_cast<float*>(of_norms), *const rest_statistics = static_cast<float*>(of_rest);
+    float* const mean_gradients = static_cast<float*>(of_means);
     const Strides in{in_batch, in_head, in_token}, out{out_batch, out_head, out_token};
     error = with_dtype(dtype, [&](auto zero) {
         using T = decltype(zero);
         const Prepare<T> p{{static_cast<const T*>(of_y), out}, {static_cast<const T*>(y), out}, maximum,
-                           maximum + row_size, real, r, inverse, delta,
-                           mean_gradients ? mean_gradients + 3 * mean_size : nullptr, w, s};
+                           maximum + row_size, real, r, statistics, rest_statistics,
+                           mean_gradients ? mean_gradients + 3 * mean_size : nullptr, s};
         return launch(prepare<T>, blocks_for(matrices * s.nb, PREPARE_WARPS), PREPARE_WARPS * WARP, 0, stream, p);
     });
     if (error == 0 && rest != nullptr) {
@@ -218,7 +220,7 @@ FARSPAN_EXPORT int mra_backward(const void* q, const void* k, const void* v, con
         Differentiate<float> coarse{
             rows_of_means(x, s, 0), rows_of_means(x, s, 1), rows_of_means(x, s, 2),
             rows_of_means(const_cast<const float*>(mean_gradients), s, 3), rows_of_means(mean_gradients, s, 0),
-            rows_of_means(mean_gradients, s, 1), rows_of_means(mean_gradients, s, 2), r, nullptr, w, real, by_rows,
+            rows_of_means(mean_gradients, s, 1), rows_of_means(mean_gradients, s, 2), rest_statistics, real, by_rows,
             nullptr, nullptr, nullptr, Shape{s, 0, 0, 0, 0.0f}
         };
         error = launch_rows<float, 0, true>(coarse, of_means_plan);
@@ -231,7 +233,7 @@ FARSPAN_EXPORT int mra_backward(const void* q, const void* k, const void* v, con
         Differentiate<T> fine{
             {static_cast<const T*>(q), in}, {static_cast<const T*>(k), in}, {static_cast<const T*>(v), in},
             {static_cast<const T*>(of_y), out}, {static_cast<T*>(of_q), out}, {static_cast<T*>(of_k), out},
-            {static_cast<T*>(of_v), out}, maximum, inverse, delta, real, by_rows,
+            {static_cast<T*>(of_v), out}, statistics, real, by_rows,
             rest ? mean_gradients : nullptr, rest ? mean_gradients + mean_size : nullptr,
             rest ? mean_gradients + 2 * mean_size : nullptr, Shape{s, 0, 0, 0, 0.0f}
         };

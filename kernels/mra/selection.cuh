@@ -2,14 +2,14 @@
 //
 //   block_means      [3 · matrices · nb] warps     sums of 32 rows; bound by reading q, k, v once
 //   block_scores     [matrices · nb / 32] blocks   logits in float64 and their keys; bound by float64 products, 2 nb² d
-//   select           [matrices] blocks             the k-th highest key digit by digit, from registers up to nb = 128, and
-//                                                  the lists of each row's columns; bound by latency
-//   select_digit, count_rows, list_rows            the same by many blocks for a large matrix; bound by reading the keys,
-//                                                  8 nb² bytes, once for each of six digits and for the lists
+//   select           [matrices] blocks             the k-th highest key digit by digit, from registers up to nb = 128,
+//                                                  and the lists of each row's columns; bound by latency
+//   select_digit, count_rows, list_rows            the same by many blocks for a large matrix; bound by reading the
+//                                                  keys, 8 nb² bytes, for each of six digits and twice for the lists
 //   turn_bits, list_columns                        the lists by columns, in the backward pass
 //
-// A key is a score's 64 bits, changed so that the higher score has the higher unsigned integer.  Integers alone are added
-// out of order, so every run selects the same.
+// A key is a score's 64 bits, changed so that the higher score has the higher unsigned integer.  Integers alone are
+// added out of order, so every run selects the same.
 #pragma once
 
 #include "tiles.cuh"
@@ -18,7 +18,8 @@ namespace farspan {
 namespace mra {
 
 constexpr int MEANS_WARPS = 4, SCORE_THREADS = 256, SCORE_COLUMNS = 64, SCORE_DEPTH = 32;
-constexpr int SELECT_WARPS = 32, SELECT_KEPT = 16, DIGITS = 6, DIGIT_BITS = 11, DIGIT_VALUES = 1 << DIGIT_BITS, LIST_WARPS = 8;
+constexpr int SELECT_WARPS = 32, SELECT_KEPT = 16, LIST_WARPS = 8;
+constexpr int DIGITS = 6, DIGIT_BITS = 11, DIGIT_VALUES = 1 << DIGIT_BITS;
 constexpr double MEAN_EPSILON = 1e-6, EMPTY = 1e4, PRIOR = 5e3;
 
 struct Sizes {
@@ -47,7 +48,9 @@ struct Means {
 
 template <class T>
 __global__ void __launch_bounds__(MEANS_WARPS * WARP)
-block_means(Rows<const T> q, Rows<const T> k, Rows<const T> v, const uint8_t* mask, Means means, Sizes s, float scale) {
+block_means(
+    const T* q, const T* k, const T* v, Strides strides, const uint8_t* mask, Means means, Sizes s, float scale
+) {
     constexpr int EACH = 16 / sizeof(T);
     const int64_t task = static_cast<int64_t>(blockIdx.x) * MEANS_WARPS + warp_index(), number = s.matrices() * s.nb;
     if (task >= 3 * number) return;
@@ -60,7 +63,7 @@ block_means(Rows<const T> q, Rows<const T> k, Rows<const T> v, const uint8_t* ma
     const uint32_t real = ballot(token < s.length && (mask == nullptr || mask[batch * s.length + token] != 0));
     if (which == 0 && head == 0 && lane == 0) means.tokens[batch * s.nb + block % s.nb] = real;
 
-    const Rows<const T>& rows = which == 0 ? q : which == 1 ? k : v;
+    const Rows<const T> rows{which == 0 ? q : which == 1 ? k : v, strides};
     const T* from = rows.at(batch, head, first);
     const float factor = which == 0 ? scale : 1.0f;
     const double size = static_cast<double>(__popc(real)) + MEAN_EPSILON;
@@ -95,7 +98,6 @@ block_means(Rows<const T> q, Rows<const T> k, Rows<const T> v, const uint8_t* ma
 
 FARSPAN_DEVICE uint64_t key_of_score(double score) {
     if (score != score) score = -static_cast<double>(__uint_as_float(0x7f800000u));
-    score += 0.0;  // −0 is 0
     uint64_t bits;
     memcpy(&bits, &score, 8);
     return bits >> 63 ? ~bits : bits | uint64_t{1} << 63;
@@ -207,7 +209,8 @@ struct Counter {
 
     // The whole block comes here.
     FARSPAN_DEVICE static Counter of(const Threshold& threshold, int digit, int* histogram) {
-        for (int i = static_cast<int>(threadIdx.x); i < DIGIT_VALUES; i += static_cast<int>(blockDim.x)) histogram[i] = 0;
+        const int threads = static_cast<int>(blockDim.x);
+        for (int i = static_cast<int>(threadIdx.x); i < DIGIT_VALUES; i += threads) histogram[i] = 0;
         sync_block();
         const int shift = digit_shift(digit), bits = digit_bits(digit);
         const uint64_t known = digit == 0 ? 0 : ~uint64_t{0} << (shift + bits);
@@ -261,9 +264,9 @@ FARSPAN_DEVICE Threshold find_digit(const int* histogram, Threshold found, int d
 
 inline size_t select_bytes() { return (DIGIT_VALUES + SELECT_WARPS + 2) * sizeof(int); }
 
-// One digit, `parts` blocks for each matrix: the one before is found of all parts' sums.  With digit = DIGITS the last is
-// found and that is all.  thresholds: [DIGITS, matrices], of which the last row is the result's; histograms: [DIGITS,
-// matrices, DIGIT_VALUES], zeros at first.
+// One digit, `parts` blocks for each matrix: the one before is found of all parts' sums.  With digit = DIGITS the last
+// is found and that is all.  thresholds: [DIGITS, matrices], of which the last row is the result's; histograms:
+// [DIGITS, matrices, DIGIT_VALUES], zeros at first.
 __global__ void __launch_bounds__(SELECT_WARPS * WARP)
 select_digit(
     const uint64_t* keys, Threshold* thresholds, int* histograms, int64_t number, int budget, int matrices, int parts,
@@ -323,8 +326,8 @@ FARSPAN_DEVICE void count_row(const uint64_t* keys, uint64_t limit, int nb, int*
 // A warp's: the list of row `own` of a matrix whose rows are counted.  Of equal keys those of lower rows, then of lower
 // columns are taken.
 FARSPAN_DEVICE void list_row(
-    const uint64_t* keys, const Threshold& limit, const int* above, const int* equal, const Lists& lists, int64_t matrix,
-    int own, const Sizes& s
+    const uint64_t* keys, const Threshold& limit, const int* above, const int* equal, const Lists& lists,
+    int64_t matrix, int own, const Sizes& s
 ) {
     const int lane = lane_index(), nb = s.nb, missing = static_cast<int>(limit.missing);
     int more = 0, same = 0;  // in the rows before
@@ -364,8 +367,8 @@ count_rows(const uint64_t* keys, const Threshold* thresholds, int* counts, int64
 
 __global__ void __launch_bounds__(LIST_WARPS * WARP)
 list_rows(
-    const uint64_t* keys, const Threshold* thresholds, const int* counts, Lists lists, int64_t first_matrix, int64_t rows,
-    Sizes s
+    const uint64_t* keys, const Threshold* thresholds, const int* counts, Lists lists, int64_t first_matrix,
+    int64_t rows, Sizes s
 ) {
     const int64_t row = static_cast<int64_t>(blockIdx.x) * LIST_WARPS + warp_index();
     if (row >= rows) return;

@@ -1,9 +1,9 @@
 // The common course of the kernels of attention: a block of threads has 32 rows and meets tiles of 32 others one after
 // another, copied to shared memory while the ones before are worked on.
 //
-// A block of threads has `groups` groups, each with every groups-th tile and sums of its own, which are added at the end
-// in the order of the groups; so a row with many blocks takes less time.  A group has 2 · chunks warps: warp w has rows
-// 16 (w % 2) to + 15 and columns CHUNK · (w / 2) to + 63 of the results.
+// A block of threads has `groups` groups, each with every groups-th tile and sums of its own, which are added at the
+// end in the order of the groups; so a row with many blocks takes less time.  A group has 2 · chunks warps: warp w has
+// rows 16 (w % 2) to + 15 and columns CHUNK · (w / 2) to + 63 of the results.
 //
 // The same kernels serve two resolutions.  FINE: rows are tokens, the tiles a row's list of selected blocks.  COARSE:
 // rows are blocks' means in float32, the tiles all of them; blocks that are selected are left out (`bits`), the others
@@ -30,21 +30,26 @@ FARSPAN_DEVICE int warps_of_group(const Shape& shape) {
     return D ? (D + CHUNK - 1) / CHUNK * 2 : 2 * shape.chunks();
 }
 
+template <bool COARSE>
+FARSPAN_HOST_DEVICE int tiles_of_matrix(const Sizes& s) {
+    return COARSE ? s.words() : s.nb;
+}
+
 // Where a thread is.
 struct Place {
-    int tile, batch, head, group, row, chunk, g, t;  // row: the first of the warp's 16
-    int64_t matrix;
+    int number, tile, batch, head, group, row, chunk, g, t;  // number: the matrix; row: the first of the warp's 16
+    FARSPAN_DEVICE int64_t matrix() const { return number; }
 
     template <int D, bool COARSE>
     FARSPAN_DEVICE static Place of(const Shape& shape) {
-        const int tiles = COARSE ? shape.sizes.words() : shape.sizes.nb;
+        const int tiles = tiles_of_matrix<COARSE>(shape.sizes);
         const int warps = warps_of_group<D>(shape), lane = lane_index();
         Place p;
         // The last that ``block_means`` read comes first: some of it is in the L2 cache still.
-        p.matrix = shape.sizes.matrices() - 1 - blockIdx.x / tiles;
+        p.number = shape.sizes.batch * shape.sizes.heads - 1 - static_cast<int>(blockIdx.x) / tiles;
         p.tile = static_cast<int>(blockIdx.x) % tiles;
-        p.batch = static_cast<int>(p.matrix) / shape.sizes.heads;
-        p.head = static_cast<int>(p.matrix) % shape.sizes.heads;
+        p.batch = p.number / shape.sizes.heads;
+        p.head = p.number % shape.sizes.heads;
         p.group = warp_index() / warps;
         p.row = warp_index() % 2 * 16;
         p.chunk = warp_index() % warps / 2;
@@ -85,8 +90,8 @@ struct Tiles {
     ) {
         const Sizes& s = shape.sizes;
         if constexpr (COARSE) return {nullptr, tokens, s.words(), shape.groups, place.group, place.batch, s};
-        const int* range = pointers + place.matrix * (s.nb + 1) + place.tile;
-        const int* first = columns + place.matrix * s.budget + range[0];
+        const int* range = pointers + place.matrix() * (s.nb + 1) + place.tile;
+        const int* first = columns + place.matrix() * s.budget + range[0];
         return {first, tokens, range[1] - range[0], shape.groups, place.group, place.batch, s};
     }
     FARSPAN_DEVICE int steps() const { return (count + groups - 1) / groups; }
@@ -114,19 +119,18 @@ FARSPAN_HOST_DEVICE int stage_bytes(int width) {
     return 2 * tile_bytes<T>(width) + STATISTICS * BLOCK * static_cast<int>(sizeof(float));
 }
 
-// Two tensors met tile by tile, and numbers of their rows ([matrices, rows_padded] each).
-template <class T, int STATISTICS>
+// Two tensors met tile by tile, and numbers of their rows, [matrices, tiles, STATISTICS, 32].
+template <class T>
 struct Met {
     Rows<const T> first, second;
-    const float* statistics[STATISTICS ? STATISTICS : 1];
-    int64_t padded;  // numbers of a matrix
+    const float* statistics;
 };
 
-// work(tile, real rows, first, second, statistics) for each tile of the group; ready() once, when what was copied before is
-// there.  All threads of the block come here; after it shared memory is free.
+// work(tile, real rows, first, second, statistics) for each tile of the group; ready() once, when what was copied
+// before is there.  All threads of the block come here; after it shared memory is free.
 template <class T, int D, bool COARSE, int STATISTICS, class Ready, class Work>
 FARSPAN_DEVICE void meet(
-    const Shape& shape, const Place& place, Tiles<COARSE> tiles, const Met<T, STATISTICS>& met, char* stages, Ready ready,
+    const Shape& shape, const Place& place, Tiles<COARSE> tiles, const Met<T>& met, char* stages, Ready ready,
     Work work
 ) {
     const int width = D ? D : shape.width, d = D ? D : shape.sizes.d;
@@ -135,15 +139,17 @@ FARSPAN_DEVICE void meet(
     const int tile_size = tile_bytes<T>(width), stage_size = stage_bytes<T, STATISTICS>(width);
     int next = 0;
     uint32_t next_rows = 0;
-    auto stage = [&](int step) { return stages + ((step & (shape.stages - 1)) * shape.groups + place.group) * stage_size; };
+    auto stage = [&](int step) {
+        return stages + ((step & (shape.stages - 1)) * shape.groups + place.group) * stage_size;
+    };
     auto begin = [&](int step) {
         tiles.at(step, next, next_rows);
         if (tiles.has(step)) {
             char* to = stage(step);
             const int64_t token = static_cast<int64_t>(next) * BLOCK;
             copy_tile(
-                reinterpret_cast<T*>(to), met.first.at(place.batch, place.head, token), met.first.strides.token, next_rows, d,
-                width, thread, threads
+                reinterpret_cast<T*>(to), met.first.at(place.batch, place.head, token), met.first.strides.token,
+                next_rows, d, width, thread, threads
             );
             copy_tile(
                 reinterpret_cast<T*>(to + tile_size), met.second.at(place.batch, place.head, token),
@@ -151,12 +157,9 @@ FARSPAN_DEVICE void meet(
             );
             if constexpr (STATISTICS != 0) {
                 if (thread < STATISTICS * 8) {
-#pragma unroll
-                    for (int i = 0; i < STATISTICS; ++i) {
-                        if (thread / 8 != i) continue;
-                        const float* from = met.statistics[i] + place.matrix * met.padded + token + thread % 8 * 4;
-                        copy_16(to + 2 * tile_size + thread * 16, from);
-                    }
+                    const int64_t of_tile = place.matrix() * tiles_of_matrix<COARSE>(shape.sizes) + next;
+                    const float* from = met.statistics + of_tile * STATISTICS * BLOCK + thread * 4;
+                    copy_16(to + 2 * tile_size + thread * 16, from);
                 }
             }
         }

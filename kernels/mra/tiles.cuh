@@ -158,8 +158,8 @@ FARSPAN_DEVICE void multiply(float (&x)[4], float (&y)[4], const Left<float>& le
 
 // ---- a warp's products ----------------------------------------------------------------------------------------------
 
-// Rows of a tile that a warp multiplies again and again; KEPT of their columns stay in registers, all or (where the number
-// of columns is known) some.
+// Rows of a tile that a warp multiplies again and again; KEPT of their columns stay in registers: as many as leave room
+// for the rest.
 template <class T, int KEPT>
 struct Own {
     const T* rows;
