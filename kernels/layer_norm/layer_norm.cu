@@ -7,10 +7,10 @@
 // A row belongs to `warps` warps (one up to 1,024 features), a lane keeps up to 32 of its numbers: vectors of 16 bytes,
 // neighbouring lanes side by side.
 //
-// Backward: a block goes through many rows, at most two blocks to a multiprocessor, so that the gradients of weight and
-// bias add up in registers and few partial sums leave the block.  Those registers leave little room for rows on their
-// way, hence the next row comes through shared memory, in the background.  Every lane reads there what itself has
-// copied, so that no barrier is needed.  A second kernel adds the blocks' sums, in an order that is always the same.
+// Backward: a block goes through many rows, one block to a multiprocessor, so that the gradients of weight and bias add
+// up in registers and few partial sums leave the block.  Those registers leave little room for rows on their way, hence
+// the next row comes through shared memory, in the background.  Every lane reads there what itself has copied, so that
+// no barrier is needed.  A second kernel adds the blocks' sums, in an order that is always the same.
 
 #include <type_traits>
 
@@ -196,7 +196,7 @@ template <class T, int E>
 constexpr int STAGED = 3 * E * static_cast<int>(sizeof(T));
 
 template <class T, int E>
-__global__ void __launch_bounds__(BACKWARD_WARPS* WARP, E == 8 ? 2 : 1) backward_kernel(Backward a) {
+__global__ void __launch_bounds__(BACKWARD_WARPS* WARP, 1) backward_kernel(Backward a) {
     using S = Spread<T, E>;
     constexpr int N = S::N, V = S::V;
     const int warps = blockDim.x / WARP, groups = warps / a.warps, group = warp_index() / a.warps;
@@ -207,13 +207,13 @@ __global__ void __launch_bounds__(BACKWARD_WARPS* WARP, E == 8 ? 2 : 1) backward
     auto vector = [&](int stage, int tensor, int v) {
         return reinterpret_cast<T*>(staged + ((stage * 3 + tensor) * V + v) * WARP * 16);
     };
-    auto row_of = [&](int64_t turn) { return (turn * groups + group) * gridDim.x + blockIdx.x; };
+    const int64_t step = static_cast<int64_t>(groups) * gridDim.x;
 
     float mean = 0.0f, rstd = 0.0f, next_mean = 0.0f, next_rstd = 0.0f;
     uint64_t key = 0, next_key = 0;
-    auto fetch = [&](int64_t turn, int stage) {
-        const int64_t row = row_of(turn), start = row * a.features;
+    auto fetch = [&](int64_t row, int stage) {
         if (row < a.rows) {
+            const int64_t start = row * a.features;
 #pragma unroll
             for (int v = 0; v < V; ++v) {
                 const int at = spread.at(v);
@@ -233,15 +233,17 @@ __global__ void __launch_bounds__(BACKWARD_WARPS* WARP, E == 8 ? 2 : 1) backward
 #pragma unroll
     for (int i = 0; i < E; ++i) of_weight[i] = of_bias[i] = 0.0f;
 
-    fetch(0, 0);
-    for (int64_t turn = 0; turn * groups * gridDim.x + blockIdx.x < a.rows; ++turn) {  // alike in all groups
-        const int stage = a.stages == 2 ? static_cast<int>(turn & 1) : 0;
-        const int64_t row = row_of(turn), start = row * a.features;
+    int64_t row = group * static_cast<int64_t>(gridDim.x) + blockIdx.x;
+    int turn = 0;  // 0 and 1 by turns
+    fetch(row, 0);
+    for (int64_t of_first_group = blockIdx.x; of_first_group < a.rows; of_first_group += step) {
+        const int stage = a.stages == 2 ? turn : 0;
+        const int64_t start = row * a.features;
         mean = next_mean;
         rstd = next_rstd;
         key = next_key;
         if (a.stages == 2) {
-            fetch(turn + 1, stage ^ 1);
+            fetch(row + step, stage ^ 1);
             copies_wait<1>();
         } else {
             copies_wait<0>();
@@ -269,7 +271,7 @@ __global__ void __launch_bounds__(BACKWARD_WARPS* WARP, E == 8 ? 2 : 1) backward
         of_mean = warp_sum(of_mean);
         of_scale = warp_sum(of_scale);
         if (a.warps > 1) {
-            float* parts = sums + (turn & 1) * 2 * warps;  // twice, so that one barrier a row is enough
+            float* parts = sums + turn * 2 * warps;  // twice, so that one barrier a row is enough
             if (lane_index() == 0) {
                 parts[2 * warp_index()] = of_mean;
                 parts[2 * warp_index() + 1] = of_scale;
@@ -313,7 +315,9 @@ __global__ void __launch_bounds__(BACKWARD_WARPS* WARP, E == 8 ? 2 : 1) backward
             }
         }
         sync_warp();  // what was read may be overwritten
-        if (a.stages == 1) fetch(turn + 1, 0);
+        row += step;
+        if (a.stages == 1) fetch(row, 0);
+        turn ^= 1;
     }
     if (a.partial == nullptr) return;
 
@@ -409,7 +413,7 @@ FARSPAN_EXPORT int layer_norm_forward(const void* x, const void* residual, const
 
 // of_total, of_y: the gradients of total and y; of_total null: 0.  of_x, of_residual, of_weight, of_bias: those of the
 // inputs, null where not asked for.  partial: [2, blocks, features] float32 to work in, null where neither of_weight nor
-// of_bias is asked for.  `blocks` go through the rows, one to a multiprocessor or two.
+// of_bias is asked for.  `blocks` go through the rows, one to a multiprocessor.
 FARSPAN_EXPORT int layer_norm_backward(const void* of_total, const void* of_y, const void* total, const void* mean, const void* rstd, const void* weight, const void* keys, void* of_x, void* of_residual, void* of_weight, void* of_bias, void* partial, int64_t rows, int64_t features, int blocks, int threshold, int dtype, int weight_dtype, void* stream) {
     using namespace farspan;
     Backward a{of_total, of_y, total, weight, static_cast<const float*>(mean), static_cast<const float*>(rstd),

@@ -88,7 +88,7 @@ def gradients(
             result.zero_()
         return results
     partial = None
-    blocks = _blocks(rows, features, total.device)
+    blocks = _blocks(rows, total.device)
     if of_weight is not None or of_bias is not None:
         partial = total.new_empty(2, blocks, features, dtype=torch.float32)
     forms.library(NAME, total.device).call(
@@ -124,12 +124,11 @@ def _gradients(total: Tensor, dtype: torch.dtype, wanted: list[bool]) -> tuple[T
     return of_x, of_residual, of_weight, of_bias
 
 
-def _blocks(rows: int, features: int, device: torch.device) -> int:
+def _blocks(rows: int, device: torch.device) -> int:
     """Parts of the rows that sum the weights' gradients, each by itself: a function of the shape and the device alone,
     so that a sum is the same in every run, with any number of threads."""
     if device.type == "cuda":
-        several = 2 if features <= 256 else 1  # as many as run at once: see __launch_bounds__ of backward_kernel
-        return min(rows, several * torch.cuda.get_device_properties(device).multi_processor_count)
+        return min(rows, torch.cuda.get_device_properties(device).multi_processor_count)
     return min(32, (rows + 15) // 16)
 
 

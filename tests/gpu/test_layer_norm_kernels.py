@@ -24,7 +24,7 @@ LARGE = {
     "base": Case(8192, 768, p=0.1),
     "long rows": Case(517, 5120, p=0.1),
     "short rows": Case(20011, 64, p=0.1),
-    "two blocks a multiprocessor": Case(9001, 256, p=0.1),
+    "one vector a lane": Case(9001, 256, p=0.1),
     "the norm alone": Case(8192, 1024, p=None),
     "no dropout": Case(3000, 2048, p=0.0),
 }
