@@ -6,7 +6,8 @@
 // of 4.3 TB/s; 160 multiplications an element (T 64, A twice 32, B 32) take 19 µs of the 600 TFLOP/s that mma.sync
 // reaches.  A block is all that a multiprocessor's shared memory holds (128 KiB of x, 16 features: whole sectors of 32
 // bytes a position), so loads, products and stores overlap between multiprocessors alone, in 3.9 waves of 132 blocks:
-// 40 to 50 µs are expected.  y replaces x in place; nothing else of x's size is made.
+// 45 to 55 µs are expected, and not measured yet.  Blocks of 8 features and 4 warps (Form<bf16>) would be two to a
+// multiprocessor, at twice the sectors.  y replaces x in place; nothing else of x's size is made.
 #pragma once
 
 #include "states.cuh"

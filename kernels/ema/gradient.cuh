@@ -8,7 +8,8 @@
 // which blocks of 8×8 on a diagonal add up in the same registers.
 //
 // What bounds it (as in convolve.cuh): 201 MB take 47 µs, 352 multiplications an element 41 µs.  128 KiB of both slabs hold
-// 8 features, 16 bytes of a sector of 32, so the second cache moves 400 MB: 70 to 85 µs are expected.
+// 8 features, 16 bytes of a sector of 32, so the second cache moves 400 MB: 75 to 95 µs are
+// expected, and not measured yet.
 #pragma once
 
 #include "convolve.cuh"
@@ -96,7 +97,9 @@ FARSPAN_DEVICE void dot_states(
 
 // correlation[lag + 63] = Σ ∂y_i x_{i−lag} over the chunks, lags −63 to 63 (of one direction: from −8 on).
 template <int PIECES, int F>
-FARSPAN_DEVICE void correlate(const Slab<PIECES, F>& of_y, const Slab<PIECES, F>& x, int f, bool causal, float* tile, float* correlation) {
+FARSPAN_DEVICE void correlate(
+    const Slab<PIECES, F>& of_y, const Slab<PIECES, F>& x, int f, bool causal, float* tile, float* correlation
+) {
     float sums[14][4];  // of block rows 2 i and columns c: [2 i − c + 7]
 #pragma unroll
     for (int i = 0; i < 14; ++i) sums[i][0] = sums[i][1] = sums[i][2] = sums[i][3] = 0.0f;
