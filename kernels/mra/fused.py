@@ -41,14 +41,14 @@ def declined(q: Tensor, k: Tensor, v: Tensor) -> str | None:
         return f"q, k, v of {q.dtype}, {k.dtype}, {v.dtype}: all must be float32, bfloat16 or float16"
     if d not in HEAD_SIZES or e != d:
         return f"head sizes {d} and {e}: must be one multiple of 8 from {HEAD_SIZES[0]} to {HEAD_SIZES[-1]}"
-    if (need := _least_shared(d, q.element_size())) > _shared(q.device):
-        return f"head size {d} in {q.dtype} needs {need >> 10} KiB of shared memory, which {q.device} does not have"
+    if (need := _least_shared(d)) > _shared(q.device):
+        return f"head size {d} needs {need >> 10} KiB of shared memory, which {q.device} does not have"
     return None
 
 
-def _least_shared(d: int, size: int) -> int:
-    """Bytes of a block of differentiate_columns (backward.cuh) with one group and one stage."""
-    return 4 * BLOCK * (-(-d // 16) * 16 * size + 16) + 3 * BLOCK * 4
+def _least_shared(d: int) -> int:
+    """Bytes of a block of differentiate_columns (backward.cuh) with one group and one stage, of means in float32."""
+    return 4 * BLOCK * (-(-d // 16) * 16 * 4 + 16) + 3 * BLOCK * 4
 
 
 @torch.compiler.assume_constant_result

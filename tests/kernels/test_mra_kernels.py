@@ -163,6 +163,18 @@ def test_nothing_to_attend_to() -> None:
 
 
 @pytest.mark.usefixtures("emulated")
+def test_little_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One group, and no copy ahead."""
+    monkeypatch.setattr(fused, "_shared", lambda device: fused._least_shared(64))
+    for dtype in (torch.float32, torch.bfloat16):
+        case = Case(150, 64, 20, "holes")
+        assert_right(run(case, case.laid_out(dtype, "cpu"), "compiled"), case, dtype)
+    q = torch.randn(1, 1, 40, 72)
+    with pytest.raises(ValueError, match="head size 72 needs 42 KiB of shared memory, which cpu does not have"):
+        mra_attention(q, q, q, budget=2, form="compiled")
+
+
+@pytest.mark.usefixtures("emulated")
 def test_what_has_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     q = torch.randn(1, 1, 40, 20)
     with pytest.raises(ValueError, match="head sizes 20 and 20: must be one multiple of 8 from 16 to 256"):
