@@ -12,12 +12,13 @@ import dataclasses
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, get_args
 
 import torch
 
-from . import cache
+from . import cache, toolchain
 from .library import DTYPES, Library
 from .toolchain import BuildError, Kind, Target
 
@@ -109,6 +110,7 @@ def dtype_code(dtype: torch.dtype) -> int:
     return DTYPES[dtype]
 
 
+@torch.compiler.assume_constant_result
 def declined(operation: str, reason: str) -> None:
     """Say once that the reference runs although there is a compiled form.  ValueError where that is required."""
     if current_mode() == "require":
@@ -118,7 +120,7 @@ def declined(operation: str, reason: str) -> None:
 
 def choice(operation: str, device: torch.device) -> Choice:
     mode = current_mode()
-    key = operation, f"{mode} {_kind(device)} {device.index if device.type == 'cuda' else ''}"
+    key = operation, f"{mode} {_kind(device)} {device if device.type == 'cuda' else device.type}"
     if key not in _choices:
         _choices[key] = _choose(operation, device, mode)
     found = _choices[key]
@@ -129,8 +131,11 @@ def choice(operation: str, device: torch.device) -> Choice:
 
 def prepare(operations: Iterable[str], device: torch.device) -> str:
     """Build or load what a run will use; one line that says which form each operation runs."""
-    found = [f"{name} {choice(name, device)}" for name in operations]
-    return f"kernels ({current_mode()}): {', '.join(found)}" if found else f"kernels ({current_mode()}): none used"
+    names = list(operations)
+    with ThreadPoolExecutor(toolchain.jobs()) as pool:
+        choices = pool.map(lambda name: choice(name, device), names)
+        found = [f"{name} {chosen}" for name, chosen in zip(names, choices, strict=True)]
+    return f"kernels ({current_mode()}): {', '.join(found) or 'none used'}"
 
 
 def _kind(device: torch.device) -> Kind:
@@ -144,6 +149,8 @@ def _choose(operation: str, device: torch.device, mode: Mode) -> Choice:
     sources = OPERATIONS[operation].sources(kind)
     if mode == "reference":
         return Choice(None, "as the mode says")
+    if device.type not in ("cuda", "cpu", "meta"):
+        return Choice(None, f"there is no form for {device.type}")
     if not sources:
         return Choice(None, f"there is no {kind} form")
     try:

@@ -129,6 +129,12 @@ def processor() -> str:
     return " ".join(str(found.get(name, "")).strip() for name in ("model name", "flags", "Features"))
 
 
+def jobs() -> int:
+    """How many compilers run at once: MAX_JOBS, as for torch's extensions, or one a processor."""
+    asked = os.environ.get("MAX_JOBS", "")
+    return int(asked) if asked.isdigit() and int(asked) else os.cpu_count() or 1
+
+
 def compile_library(sources: Sequence[Path], target: Target, folder: Path, limit: float) -> Path:
     """Make ``folder``/library.so; ``limit``: seconds that it may take.  BuildError with the compiler's last lines."""
     program, options = compiler(target), list(flags(target))

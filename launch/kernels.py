@@ -7,6 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -57,17 +58,26 @@ def build(args: argparse.Namespace) -> int:
         print(note)
     if not targets:
         raise ValueError("nothing can be built here: see `farspan doctor`")
-    for name in args.operations or forms.OPERATIONS:
-        for target in targets:
-            sources = forms.OPERATIONS[name].sources(target.kind)
-            if not sources:
-                continue
-            try:
-                built = cache.library(name, sources, target, root, args.timeout)
-                print(f"{name}, {target}: " + (f"built in {built.seconds:.1f} s" if built.seconds else "there already"))
-            except BuildError as error:
-                print(f"{name}, {target}: {error}")
-                failed = True
+    wanted = [
+        (name, sources, target)
+        for name in args.operations or forms.OPERATIONS
+        for target in targets
+        if (sources := forms.OPERATIONS[name].sources(target.kind))
+    ]
+
+    def make(one: tuple[str, list[Path], Target]) -> cache.Built | BuildError:
+        try:
+            return cache.library(*one, root, args.timeout)
+        except BuildError as error:
+            return error
+
+    with ThreadPoolExecutor(toolchain.jobs()) as pool:
+        for (name, _, target), result in zip(wanted, pool.map(make, wanted), strict=True):
+            if isinstance(result, BuildError):
+                failed, said = True, str(result)
+            else:
+                said = f"built in {result.seconds:.1f} s" if result.seconds else "there already"
+            print(f"{name}, {target}: {said}", flush=True)
     print(f"in {root}")
     return int(failed)
 
