@@ -38,7 +38,8 @@ def bias_gelu(x: Tensor, bias: Tensor, approximate: bool) -> Tensor:
     x: [..., features]; bias: [features].  Compiled, the sum is not rounded to x's dtype, and the gradients of both come
     of one reading; without the bias of ``gelu(linear(...))`` the latter takes another.
     """
-    if x.dtype != torch.float64 and bias.dtype != torch.float64 and forms.compiled("activation", x.device):
+    wide = torch.float64 in (x.dtype, bias.dtype)
+    if not wide and bias.shape == x.shape[-1:] and forms.compiled("activation", x.device):
         if (reason := _no_kernel(x.dtype, bias.dtype, x.shape[-1])) is None:
             return kernel.bias_gelu_forward(x, bias, approximate)
         forms.declined("activation", reason)

@@ -34,11 +34,13 @@ def _(x: Tensor, bias: Tensor, approximate: bool) -> Tensor:
 def bias_gelu_backward(gradient: Tensor, x: Tensor, bias: Tensor, approximate: bool) -> tuple[Tensor, Tensor]:
     """gradient: of the result → those of x and of the bias."""
     gradient, x, bias = _plain(gradient), _plain(x), bias.contiguous()
-    of_x, of_bias = torch.empty_like(x), torch.zeros_like(bias)
-    if x.numel():
+    of_x, of_bias = torch.empty_like(x), torch.empty_like(bias)
+    if not x.numel():
+        of_bias.zero_()
+    else:
         call, (rows, features, *codes) = forms.library("activation", x.device).call, _sizes(x, bias, approximate)
         parts = min(PARTS, -(-rows // 32), -(-256 * PARTS // features))
-        sums = torch.empty(parts, features, device=x.device)
+        sums = x.new_empty(parts, features, dtype=torch.float32)
         call("bias_gelu_backward", gradient, x, bias, of_x, of_bias, sums, rows, features, parts, *codes)
     return of_x, of_bias
 

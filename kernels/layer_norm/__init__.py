@@ -55,6 +55,8 @@ def dropout_add_layer_norm(
 def _compiled(x: Tensor, weight: Tensor | None, bias: Tensor | None, *, drops: bool) -> bool:
     if x.dtype == torch.float64 or not forms.compiled(ops.NAME, x.device):
         return False
+    if any(t is not None and t.shape != x.shape[-1:] for t in (weight, bias)):
+        return False  # torch says what is wrong
     if not drops and is_processors(ops.NAME, x.device):
         return False  # without dropout torch's own operations are as quick there
     if not computes(ops.NAME, x.dtype, x.device):

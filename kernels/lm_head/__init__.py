@@ -90,6 +90,8 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> No
             f"x {tuple(x.shape)}, weight {tuple(weight.shape)} and labels {tuple(labels.shape)} must be "
             "[rows, features], [entries, features] and [rows]"
         )
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels are {labels.dtype}, must be torch.int64")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"the bias {tuple(bias.shape)} must have a number for each of {weight.shape[0]} entries")
     if x.dtype != weight.dtype or (bias is not None and bias.dtype != x.dtype):

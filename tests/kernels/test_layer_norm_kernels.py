@@ -188,6 +188,8 @@ def test_what_it_does_not_take() -> None:
             with pytest.raises(ValueError, match=r"weights of torch\.bfloat16 for torch\.float32"):
                 weight = torch.ones(16, dtype=torch.bfloat16)
                 dropout_add_layer_norm(torch.randn(3, 16), torch.randn(3, 16), weight, None, EPS, 0.5, keys)
+            with pytest.raises(RuntimeError, match=r"weight of shape \[1\]"):
+                dropout_add_layer_norm(torch.randn(3, 16), torch.randn(3, 16), torch.ones(1), None, EPS, 0.5, keys)
             double = x.double()
             assert torch.equal(layer_norm(double, None, None, EPS), reference.layer_norm(double, None, None, EPS))
     with forms.mode("auto"):

@@ -274,3 +274,5 @@ def test_bad_input() -> None:
         lm_head_loss(x, weight, bias[1:], labels)
     with pytest.raises(ValueError, match=r"one dtype, not torch.bfloat16, torch.float32"):
         lm_head_loss(x.bfloat16(), weight, bias, labels)
+    with pytest.raises(ValueError, match=r"labels are torch\.int32, must be torch\.int64"):
+        lm_head_loss(x, weight, bias, labels.int())
