@@ -347,6 +347,17 @@ class TestModes:
 
         assert choose(torch.zeros(2)).tolist() == [1, 1]
 
+        @torch.compile(fullgraph=True, backend="eager")
+        def decline(x: torch.Tensor) -> torch.Tensor:
+            forms.declined("double", f"{len(x)} numbers of a graph")
+            return x + 1
+
+        assert decline(torch.zeros(2)).tolist() == [1, 1]
+
+    def test_a_device_without_any_form(self) -> None:
+        assert forms.compiled("double", CPU)
+        assert str(forms.choice("double", torch.device("mps"))) == "reference (there is no form for mps)"
+
 
 class TestCapabilities:
     @needs_nvcc
