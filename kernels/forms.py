@@ -23,6 +23,7 @@ from .library import DTYPES, Library
 from .toolchain import BuildError, Kind, Target
 
 Mode = Literal["auto", "require", "reference"]
+MODES = get_args(Mode)
 VARIABLE = "FARSPAN_KERNELS"
 HERE = Path(__file__).parent
 
@@ -70,7 +71,7 @@ class Choice:
 
 
 _settings = _Settings()
-_choices: dict[tuple[str, str], Choice] = {}  # by operation and what it is for
+_choices: dict[tuple[str, str, torch.device, bool], Choice] = {}  # by operation, mode, device, and whether emulated
 _said: set[str] = set()
 
 
@@ -83,8 +84,8 @@ def configure(mode: Mode = "auto", cache: str | Path | None = None, limit: float
 def current_mode() -> Mode:
     """ValueError: the environment has one that there is not."""
     found = os.environ.get(VARIABLE) or _settings.mode
-    if found not in get_args(Mode):
-        raise ValueError(f"{VARIABLE} is {found!r}, must be one of {', '.join(get_args(Mode))}")
+    if found not in MODES:
+        raise ValueError(f"{VARIABLE} is {found!r}, must be one of {', '.join(MODES)}")
     return found  # type: ignore[return-value]
 
 
@@ -120,7 +121,7 @@ def declined(operation: str, reason: str) -> None:
 
 def choice(operation: str, device: torch.device) -> Choice:
     mode = current_mode()
-    key = operation, f"{mode} {_kind(device)} {device if device.type == 'cuda' else device.type}"
+    key = operation, mode, device, _settings.emulated is not None
     if key not in _choices:
         _choices[key] = _choose(operation, device, mode)
     found = _choices[key]
