@@ -53,17 +53,25 @@ def default_folder() -> Path:
 
 
 def name_of(operation: str, sources: Sequence[Path], target: Target) -> str:
-    """The name of its folder.  BuildError: no compiler, whose version is part of it."""
-    program = toolchain.compiler(target)
-    parts = [toolchain.version_of(program), *toolchain.flags(target), torch.__version__, str(torch.version.cuda)]
+    """The name of its folder.  BuildError: no compiler, whose version and flags are the last part of it."""
+    made_with = [toolchain.version_of(toolchain.compiler(target)), *toolchain.flags(target)]
+    return f"{prefix_of(operation, sources, target)}-{_hash(made_with)[:8]}"
+
+
+def prefix_of(operation: str, sources: Sequence[Path], target: Target) -> str:
+    """What its name begins with, whatever compiler is at hand: a node without one takes what another has built."""
+    parts = [torch.__version__, str(torch.version.cuda), *toolchain.common_flags(target.kind)]
     if target.kind == "cpu":
         parts.append(toolchain.processor())
     folders = {toolchain.HEADERS, *(source.parent for source in sources)}
     headers = [h for folder in folders for pattern in ("*.h", "*.cuh") for h in folder.glob(pattern)]
     for file in [*sources, *sorted(headers)]:
         parts += [file.name, hashlib.sha256(file.read_bytes()).hexdigest()]
-    key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-    return f"{operation}-{target.kind}-{target.architecture}-{key}"
+    return f"{operation}-{target.kind}-{target.architecture}-{_hash(parts)[:16]}"
+
+
+def _hash(parts: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def library(operation: str, sources: Sequence[Path], target: Target, root: Path, limit: float) -> Built:
@@ -72,7 +80,14 @@ def library(operation: str, sources: Sequence[Path], target: Target, root: Path,
     ``limit``: seconds to wait for another process that builds it, and for the compiler.
     BuildError: it cannot be built, or not kept.
     """
-    name = name_of(operation, sources, target)
+    try:
+        name = name_of(operation, sources, target)
+    except BuildError:
+        for folder in sorted(root.glob(f"{prefix_of(operation, sources, target)}-*")):
+            with contextlib.suppress(_Damaged):
+                if found := read(folder):
+                    return found
+        raise
     with contextlib.suppress(_Damaged):
         if found := read(root / name):
             return found

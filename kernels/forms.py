@@ -162,10 +162,12 @@ def _choose(operation: str, device: torch.device, mode: Mode) -> Choice:
             with torch.cuda.device(device):
                 found.probe()
     except BuildError as error:
+        if error.output:
+            _say(f"{operation}: the compiler's last lines:\n{error.output}")
         if mode == "require":
             raise ValueError(f"kernels.mode is require and {operation} cannot be had for {kind}: {error}") from error
         _say(f"{operation}: the reference in PyTorch runs: {error}")
-        return Choice(None, str(error).splitlines()[0].rstrip(":"))
+        return Choice(None, str(error))
     return Choice(found, f"{target}, " + (f"built in {built.seconds:.0f} s" if built.seconds else "from the cache"))
 
 

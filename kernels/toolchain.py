@@ -36,7 +36,11 @@ _FLAGS: dict[Kind, tuple[str, ...]] = {
 
 
 class BuildError(Exception):
-    """Why there is no library, in words for the user."""
+    """Why there is no library, in a line for the user; ``output``: the compiler's last lines, if it is its fault."""
+
+    def __init__(self, reason: str, output: str = "") -> None:
+        super().__init__(reason)
+        self.output = output
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +97,11 @@ def release_of(path: str) -> str:
     """The line of ``version_of`` with the release."""
     lines = version_of(path).splitlines()
     return next((line for line in lines if "release" in line), lines[0] if lines else "")
+
+
+def common_flags(kind: Kind) -> tuple[str, ...]:
+    """Those that do not depend on the compiler at hand."""
+    return _FLAGS[kind]
 
 
 def flags(target: Target) -> tuple[str, ...]:
@@ -157,7 +166,7 @@ def compile_library(sources: Sequence[Path], target: Target, folder: Path, limit
     code, output = _run([_ninja(), "-C", str(folder)], limit)
     (folder / "build.log").write_text(output)
     if code:
-        raise BuildError(_last_words(output, program))
+        raise BuildError(*_last_words(output, program))
     return folder / "library.so"
 
 
@@ -178,13 +187,15 @@ def _run(command: list[str], limit: float) -> tuple[int, str]:
         return process.returncode, output
 
 
-def _last_words(output: str, program: str) -> str:
+def _last_words(output: str, program: str) -> tuple[str, str]:
+    """The first error, and what stands about it at the end."""
     lines = [line.rstrip() for line in output.splitlines() if line.strip()]
     lines = [line for line in lines if not re.match(r"ninja: |\[\d+/\d+\]|FAILED: |In file included", line)]
     lines = [line for line in lines if not line.startswith(program)]
     first = next((i for i, line in enumerate(lines) if re.search(r"\berror\b|fatal|Killed", line)), 0)
     shown = lines[first:][:LINES] if len(lines) - first > LINES else lines[-LINES:]
-    return "the compiler fails:\n" + "\n".join(f"  {line}" for line in shown)
+    reason = lines[first].strip() if lines else f"{program} says nothing"
+    return f"the compiler fails: {reason}", "\n".join(f"  {line}" for line in shown)
 
 
 def _ninja() -> str:

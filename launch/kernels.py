@@ -74,7 +74,7 @@ def build(args: argparse.Namespace) -> int:
     with ThreadPoolExecutor(toolchain.jobs()) as pool:
         for (name, _, target), result in zip(wanted, pool.map(make, wanted), strict=True):
             if isinstance(result, BuildError):
-                failed, said = True, str(result)
+                failed, said = True, "\n".join(filter(None, (str(result), result.output)))
             else:
                 said = f"built in {result.seconds:.1f} s" if result.seconds else "there already"
             print(f"{name}, {target}: {said}", flush=True)
@@ -83,15 +83,16 @@ def build(args: argparse.Namespace) -> int:
 
 
 def show(args: argparse.Namespace) -> None:
-    root, used = _root(args), _names_in_use()
+    root = _root(args)
     found = cache.contents(root)
     if not found:
         print(f"{root} has no kernels: they are built on first use, or by `farspan kernels build`")
         return
     for entry in found:
         folder = entry if isinstance(entry, Path) else entry.folder
-        said = _describe(entry, in_use=folder.name in used)
-        if args.remove_unused and (isinstance(entry, Path) or folder.name not in used):
+        in_use = isinstance(entry, cache.Built) and _is_in_use(entry)
+        said = _describe(entry, in_use=in_use)
+        if args.remove_unused and not in_use:
             shutil.rmtree(folder)
             said += ": removed"
         print(said)
@@ -110,23 +111,15 @@ def _describe(entry: cache.Built | Path, *, in_use: bool) -> str:
     )
 
 
-def _names_in_use() -> set[str]:
-    """The folders that this environment would take, for any GPU that its compiler knows."""
-    names = set()
-    for kind in ("cpu", "emulated", "cuda"):
-        try:
-            if kind == "cuda":
-                nvcc = toolchain.compiler(Target("cuda", ""))
-                targets = [Target("cuda", f"sm_{number}") for number in toolchain.architectures(nvcc)]
-            else:
-                targets = [Target.host(kind)]  # type: ignore[arg-type]
-            for name, operation in forms.OPERATIONS.items():
-                for target in targets:
-                    if sources := operation.sources(target.kind):
-                        names.add(cache.name_of(name, sources, target))
-        except BuildError:
-            continue
-    return names
+def _is_in_use(entry: cache.Built) -> bool:
+    """Whether a run here would take it; where there is no compiler for it, whether it might."""
+    operation = forms.OPERATIONS.get(entry.operation)
+    if operation is None or not (sources := operation.sources(entry.target.kind)):
+        return False
+    try:
+        return entry.folder.name == cache.name_of(entry.operation, sources, entry.target)
+    except BuildError:
+        return entry.folder.name.startswith(cache.prefix_of(entry.operation, sources, entry.target))
 
 
 def _targets(kinds: Sequence[str], capabilities: list[tuple[int, int]] | None) -> tuple[list[Target], list[str]]:

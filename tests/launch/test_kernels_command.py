@@ -97,6 +97,14 @@ class TestBuild:
         _, out, _ = run("kernels", "list")
         assert out.count("in use") == 1 and "other" not in out and "damaged" not in out
 
+    def test_what_others_built_is_kept_where_there_is_no_compiler(
+        self, run: Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        run("kernels", "build", "--device", "cpu")
+        monkeypatch.setenv("CXX", "/nowhere/c++")
+        _, out, _ = run("kernels", "list", "--remove-unused")
+        assert "in use" in out and "removed" not in out
+
 
 def _no_nvcc(target: object) -> str:
     from farspan.kernels.toolchain import BuildError, Target

@@ -190,6 +190,15 @@ ENVIRONMENT = [
         "--ranks starts ranks on this machine, but a launcher already started them: leave it out", environment=LAUNCHED,
     ),
     Kind(
+        "a mode of kernels that is none", nothing, NEW,
+        "FARSPAN_KERNELS is 'fast', must be one of auto, require, reference", environment={"FARSPAN_KERNELS": "fast"},
+    ),
+    Kind(
+        "required kernels without a compiler", nothing, f"{NEW} kernels.mode=require kernels.cache=@/kernels",
+        "kernels.mode is require and dropout cannot be had for cpu: no C++ compiler was found as '/none/c++': …",
+        environment={"CXX": "/none/c++"},
+    ),
+    Kind(
         "launched ranks that do not make the layout", nothing, f"{RESUME} parallel.tensor=2",
         "1 ranks do not make parallel.tensor 2 × pipeline 1: start a multiple of 2 ranks, or change the "
         "parallel section", environment=LAUNCHED,
