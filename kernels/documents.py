@@ -235,8 +235,10 @@ class Documents:
         documents = torch.stack((starts // s, starts % s, first, lengths), 1).repeat_interleave(counts, 0)
         if self.causal:  # the last queries see most
             numbers = (counts - 1).repeat_interleave(counts) - numbers
-        tiles = torch.cat((documents, numbers.unsqueeze(1)), 1)
-        return tiles.to(self.document_ids.device, torch.int32), int(lengths.sum()) == s * b
+        tiles, device = torch.cat((documents, numbers.unsqueeze(1)), 1).to(torch.int32), self.document_ids.device
+        if device.type == "cuda":
+            tiles = tiles.pin_memory()  # so that copying waits for nothing
+        return tiles.to(device, non_blocking=True), int(lengths.sum()) == s * b
 
     def pieces(self, multiple: int, *, keep_padding: bool = False) -> Pieces:
         """Every document by itself, as long as the next multiple of ``multiple``; its tokens are moved together where

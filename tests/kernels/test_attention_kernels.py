@@ -140,7 +140,9 @@ def test_what_takes_the_kernels(calls: list[str]) -> None:
     assert not called(SMALL, torch.bfloat16, documents, distances=torch.zeros(2 * 64 - 1, 16, dtype=torch.bfloat16))
     assert not called(SMALL, torch.bfloat16, SMALL.documents(form="grouped"))
     positions = torch.arange(64).expand(2, 64)
-    assert not called(SMALL, torch.bfloat16, documents.chunks(8, positions))
+    for kind in ("document", "padding"):
+        chunks = dataclasses.replace(SMALL, kind=kind).documents().chunks(8, positions)
+        assert not called(SMALL, torch.bfloat16, chunks), kind
     for d, found in ((8, False), (16, True), (20, False), (24, True), (128, True), (136, False)):
         case = Case(((3,),), d)
         assert called(case, torch.bfloat16, case.documents()) == found, d

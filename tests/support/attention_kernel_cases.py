@@ -31,7 +31,7 @@ class Case:
     kind: Literal["document", "padding", "full"] = "document"
     shift: int = 0  # index of the first token of every row
     size: float = 1.0
-    layout: Literal["parts", "dense", "apart"] = "parts"
+    layout: Literal["parts", "dense", "unlike", "shifted"] = "parts"
     seed: int = 0
 
     def __str__(self) -> str:
@@ -77,8 +77,9 @@ class Case:
         q, k, v, of_y = (x.to(device, dtype) for x in self.make(dtype))
         if self.layout == "parts":
             q, k, v = torch.stack((q, k, v), 2).unbind(2)
-        if self.layout == "apart":  # not alike, one not at a multiple of 16 bytes
-            k = k.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)
+        if self.layout == "unlike":
+            k = k.transpose(0, 1).contiguous().transpose(0, 1)
+        if self.layout == "shifted":  # not at a multiple of 16 bytes
             v = torch.cat((v.flatten()[:1], v.flatten()))[1:].view(v.shape)
         return [q, k, v, of_y]
 
@@ -89,13 +90,13 @@ CASES = [
     Case(((150, 1, 49), (-3, 30, 37, 130)), 64),
     Case(((150, 1, 49), (-3, 30, 37, 130)), 64, causal=True, p=0.5, shift=1, layout="dense"),
     Case(((64, 65, 62), (63, 1, 127)), 128, h=1, p=0.5),
-    Case(((129, 17), (20, -7, 119)), 128, h=1, causal=True, layout="apart"),
+    Case(((129, 17), (20, -7, 119)), 128, h=1, causal=True, layout="shifted"),
     Case(((200,), (190, -10), (-60, 140)), 64, h=1, kind="padding", shift=2),
     Case(((100,), (100,)), 32, h=3, kind="full", causal=True),
     Case(((5, 6), (7, 100)), 64, kind="full", p=0.5),
     Case(((128,), (128,)), 16, causal=True, shift=3),
     Case(((65, 40, 95), (1, 1, 198)), 40, h=1, size=6.0),
-    Case(((100, 20), (31, 89)), 72, h=1, causal=True),
+    Case(((100, 20), (31, 89)), 72, h=1, causal=True, layout="unlike"),
 ]
 
 
@@ -108,7 +109,7 @@ def random_cases(number: int, longest: int, sizes: tuple[int, ...], seed: int) -
                 for _ in range(r.randint(1, 3))
             ),
             r.choice(sizes), r.randint(1, 2), r.choice((0.1, 0.3, 0.5, 0.9)), r.random() < 0.5, shift=r.randint(0, 5),
-            size=r.choice((0.3, 1.0, 3.0)), layout=r.choice(("parts", "dense", "apart")), seed=i,
+            size=r.choice((0.3, 1.0, 3.0)), layout=r.choice(("parts", "dense", "unlike", "shifted")), seed=i,
         )
         for i in range(number)
     ]  # fmt: skip
