@@ -31,11 +31,8 @@ class DropoutKey:
         ``stream`` names the use (which layer, which place); ``positions`` int64, of any shape that broadcasts with
         ``samples``.  Returns int64 keys of the broadcast shape.
         """
-        base = reference.base_key(self.seed, self.step, stream)
-        small = max(self.samples.dim(), positions.dim()) <= 3 and self.samples.dtype == positions.dtype == torch.int64
-        if small and self.samples.device == positions.device and forms.compiled("dropout", positions.device):
-            return ops.row_keys(base, self.samples, positions)
-        return reference.row_keys(base, self.samples, positions)
+        keys: Tensor = ops.row_keys(self.seed, self.step, stream, self.samples, positions)
+        return keys
 
 
 def dropout(x: Tensor, p: float, keys: Tensor | None, first: Tensor | int = 0) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import forms
+from . import reference
 
 
 @torch.library.custom_op("farspan::dropout", mutates_args=())
@@ -59,9 +60,16 @@ masked.register_autograd(_backward, setup_context=_save)
 
 
 @torch.library.custom_op("farspan::dropout_keys", mutates_args=())
-def row_keys(base: int, samples: Tensor, positions: Tensor) -> Tensor:
-    """As ``reference.row_keys``, of at most three dimensions: one small kernel for a dozen."""
-    shape = torch.broadcast_shapes(samples.shape, positions.shape)
+def row_keys(seed: int, step: int, stream: int, samples: Tensor, positions: Tensor) -> Tensor:
+    """``DropoutKey.rows``, of at most three dimensions by one small kernel instead of a dozen.
+
+    An operation of torch with the step in it, so that a graph's compiler does not go through numbers of more than 64
+    bits, and not again for every step.
+    """
+    base, shape = reference.base_key(seed, step, stream), torch.broadcast_shapes(samples.shape, positions.shape)
+    small = len(shape) <= 3 and samples.dtype == positions.dtype == torch.int64 and samples.device == positions.device
+    if not small or not forms.compiled("dropout", samples.device):
+        return reference.row_keys(base, samples, positions)
     keys = samples.new_empty(shape)
     if keys.numel():
         # Strides of 0 where numbers are repeated; dimensions of 1 before the others.
@@ -73,7 +81,7 @@ def row_keys(base: int, samples: Tensor, positions: Tensor) -> Tensor:
 
 
 @row_keys.register_fake
-def _(base: int, samples: Tensor, positions: Tensor) -> Tensor:
+def _(seed: int, step: int, stream: int, samples: Tensor, positions: Tensor) -> Tensor:
     return samples.new_empty(torch.broadcast_shapes(samples.shape, positions.shape))
 
 
