@@ -8,6 +8,9 @@ from typing import Any, get_args
 import pytest
 import torch
 from comparison import difference
+
+pytest.importorskip("megatron.core", reason="needs megatron-core: models stand on it, kernels do not")
+
 from models import Description, dropout_key, loss_of
 from torch import Tensor
 

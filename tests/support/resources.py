@@ -86,7 +86,9 @@ def _readable(mangled: list[str]) -> tuple[list[str], list[str]]:
     if not mangled or not (program := shutil.which("c++filt")):
         return mangled, mangled
     said = subprocess.run([program], input="\n".join(mangled), capture_output=True, text=True, check=True).stdout
-    return mangled, [re.sub(r"^void |\(.*\)$", "", line) for line in said.splitlines()]
+    return mangled, [
+        re.sub(r"^void |\(.*\)$", "", line.replace("(anonymous namespace)::", "")) for line in said.splitlines()
+    ]
 
 
 def record() -> dict[str, Any]:
