@@ -321,27 +321,28 @@ __global__ void __launch_bounds__(BACKWARD_WARPS* WARP, 1) backward_kernel(Backw
     }
     if (a.partial == nullptr) return;
 
-    // The groups' sums, one after another, through the same shared memory.
+    // The groups' sums, one after another, through the same shared memory.  A gap after every 32 columns puts what the
+    // lanes of a warp write, 16 or 32 bytes apart, into 32 banks.
     copies_wait<0>();
     sync_block();
-    float* shared = reinterpret_cast<float*>(shared_memory());  // [groups, features]
+    auto place = [](int column) { return column + column / 32; };
+    const int pitch = place(a.features);
+    float* shared = reinterpret_cast<float*>(shared_memory());  // [groups, pitch]
     for (int which = 0; which < 2; ++which) {
 #pragma unroll
         for (int v = 0; v < V; ++v) {
             if (spread.at(v) >= a.features) continue;
 #pragma unroll
-            for (int i = 0; i < N; i += 4) {
-                Vector<float, 4> part;
-#pragma unroll
-                for (int j = 0; j < 4; ++j) part[j] = which == 0 ? of_weight[v * N + i + j] : of_bias[v * N + i + j];
-                store(shared + group * a.features + spread.at(v) + i, part);
+            for (int i = 0; i < N; ++i) {
+                const float own = which == 0 ? of_weight[v * N + i] : of_bias[v * N + i];
+                shared[group * pitch + place(spread.at(v)) + i] = own;  // all N are before the next gap
             }
         }
         sync_block();
         float* partial = a.partial + (static_cast<int64_t>(which) * gridDim.x + blockIdx.x) * a.features;
         for (int at = threadIdx.x; at < a.features; at += blockDim.x) {
             float sum = 0.0f;
-            for (int g = 0; g < groups; ++g) sum += shared[g * a.features + at];
+            for (int g = 0; g < groups; ++g) sum += shared[g * pitch + place(at)];
             partial[at] = sum;
         }
         sync_block();
