@@ -297,7 +297,10 @@ int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, 
         cudaError_t error = cudaFuncSetAttribute(
             reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)
         );
-        if (error != cudaSuccess) return static_cast<int>(error);
+        if (error != cudaSuccess) {
+            cudaGetLastError();  // taken back, or the next launch would report it
+            return static_cast<int>(error);
+        }
     }
     kernel<<<grid, block, shared, static_cast<cudaStream_t>(stream)>>>(arguments...);
     return static_cast<int>(cudaGetLastError());
@@ -309,10 +312,18 @@ int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, 
 
 }  // namespace farspan
 
-// 0, or why kernels cannot run: a driver older than the compiler, for one.
+#if defined(__CUDACC__)
+namespace farspan {
+static __global__ void nothing() {}
+}  // namespace farspan
+#endif
+
+// 0, or why kernels cannot run: a driver older than the compiler, code for another GPU.
 extern "C" inline __attribute__((used, visibility("default"))) int farspan_probe() {
 #if defined(__CUDACC__)
-    return static_cast<int>(cudaFree(nullptr));
+    farspan::nothing<<<1, 1>>>();
+    const cudaError_t error = cudaGetLastError();
+    return static_cast<int>(error == cudaSuccess ? cudaDeviceSynchronize() : error);
 #else
     return 0;
 #endif
