@@ -194,7 +194,7 @@ def _last_words(output: str, program: str) -> tuple[str, str]:
     lines = [line for line in lines if not line.startswith(program)]
     first = next((i for i, line in enumerate(lines) if re.search(r"\berror\b|fatal|Killed", line)), 0)
     shown = lines[first:][:LINES] if len(lines) - first > LINES else lines[-LINES:]
-    reason = lines[first].strip() if lines else f"{program} says nothing"
+    reason = lines[first].strip() if lines else f"{program} ended without a word"
     return f"the compiler fails: {reason}", "\n".join(f"  {line}" for line in shown)
 
 

@@ -59,10 +59,10 @@ def stream(layer: int, place: int) -> int:
 
 
 def threshold(p: float) -> int:
-    """The probability in units of 2^-16."""
+    """The probability in units of 2^-16, at most 65535: something is kept."""
     if not 0.0 <= p < 1.0:
         raise ValueError(f"dropout probability {p} is outside [0, 1)")
-    return round(p * 65536)
+    return min(round(p * 65536), 65535)
 
 
 def keep_mask(keys: Tensor, features: int, p: float, first: Tensor | int = 0) -> Tensor:

@@ -31,7 +31,12 @@ class Layout:
     split: bool
 
     def to(self, device: torch.device) -> Layout:
-        return dataclasses.replace(self, chunks=self.chunks.to(device), segments=self.segments.to(device))
+        def moved(x: Tensor) -> Tensor:
+            if device.type == "cuda":
+                x = x.pin_memory()  # so that copying waits for nothing
+            return x.to(device, non_blocking=True)
+
+        return dataclasses.replace(self, chunks=moved(self.chunks), segments=moved(self.segments))
 
 
 @functools.lru_cache(maxsize=64)

@@ -242,6 +242,16 @@ class TestTrouble:
         sources["cpu"].write_text(ON_CPU.replace("2 *", "2 **"))
         self.reference_or_error(capfd, "error")
 
+    def test_a_compiler_that_is_killed(
+        self, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        """As a system that is out of memory does it."""
+        victim = tmp_path / "c++"
+        victim.write_text("#!/bin/sh\n[ $1 = --version ] && exec c++ --version\nkill -9 $$\n")
+        victim.chmod(0o755)
+        monkeypatch.setenv("CXX", str(victim))
+        self.reference_or_error(capfd, "the compiler fails: Killed")
+
     def test_a_folder_that_cannot_be_written(
         self, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, root: Path
     ) -> None:

@@ -288,3 +288,9 @@ def test_keys_are_the_same_in_bfloat16_and_float32() -> None:
     low, high = (dropout(torch.ones(8, 4, 16, dtype=dtype), 0.25, keys) for dtype in (torch.bfloat16, torch.float32))
     assert low.dtype == torch.bfloat16
     assert torch.equal(low != 0, high != 0)
+
+
+def test_something_is_kept_whatever_the_probability() -> None:
+    assert threshold(1 - 2**-20) == 65535
+    y = dropout(torch.ones(64, 4096), 1 - 2**-20, torch.arange(64))
+    assert y.isfinite().all() and 0 < (y > 0).sum() < 32
