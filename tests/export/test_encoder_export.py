@@ -186,6 +186,7 @@ def test_no_tensor_grows_with_the_square_of_the_length(architecture: str, tmp_pa
 
 @both
 def test_sixteen_bits_attend_in_float32(architecture: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
     model = make_model(tmp_path / "folder", architecture)
     attention, real = model.base_model.encoder.layer[0].attention.self.bfloat16(), make_mask(100, "right")
     x = torch.randn(ROWS, 100, SMALL["hidden_size"]).bfloat16()
@@ -203,7 +204,7 @@ def test_sixteen_bits_attend_in_float32(architecture: str, tmp_path: Path) -> No
     exact = attention.double()(x.double(), real)
     assert rounded.dtype == torch.bfloat16 and seen == [torch.float32, torch.float32, torch.float64]
     for actual in (rounded, under_autocast):
-        torch.testing.assert_close(actual.double(), exact, rtol=0.03, atol=0.03)
+        torch.testing.assert_close(actual.double(), exact, rtol=0.05, atol=0.05)  # over seeds 0.01 to 0.033
 
 
 # From and to checkpoints.
