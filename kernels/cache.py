@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -98,8 +99,8 @@ def library(operation: str, sources: Sequence[Path], target: Target, root: Path,
                 found = read(root / name)
             except _Damaged as damage:
                 _discard(root / name)
-                found, reason = None, f"{damage}; it is built anew"
-                print(f"farspan: kernels: {reason}", flush=True)
+                found = None
+                print(f"farspan: kernels: {damage}; it is built anew", file=sys.stderr, flush=True)
             return found or _build(operation, sources, target, root / name, limit)
     except OSError as error:
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):

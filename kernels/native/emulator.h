@@ -160,10 +160,6 @@ struct Warp {
     size_t size = 0;
 };
 
-struct Failure {
-    std::string text;
-};
-
 struct Machine {
     std::mutex mutex;
     std::vector<Fiber> fibers;

@@ -72,23 +72,20 @@ def parse(said: str) -> tuple[str, dict[str, Usage]]:
             usage["registers"] = int(match[1])
         elif not re.match(r"ptxas info|\s*$", line) and "Function properties" not in line:
             rest.append(line)
-    names = dict(
-        zip(*(list(x) for x in _readable(sorted({k for usages in found.values() for k in usages}))), strict=True)
-    )
+    names = _readable(sorted({kernel for usages in found.values() for kernel in usages}))
     return "\n".join(rest), {
         architecture: {names[kernel]: usage for kernel, usage in sorted(usages.items())}
         for architecture, usages in found.items()
     }
 
 
-def _readable(mangled: list[str]) -> tuple[list[str], list[str]]:
+def _readable(mangled: list[str]) -> dict[str, str]:
     """Names as in the source, where there is c++filt to say so."""
     if not mangled or not (program := shutil.which("c++filt")):
-        return mangled, mangled
+        return {name: name for name in mangled}
     said = subprocess.run([program], input="\n".join(mangled), capture_output=True, text=True, check=True).stdout
-    return mangled, [
-        re.sub(r"^void |\(.*\)$", "", line.replace("(anonymous namespace)::", "")) for line in said.splitlines()
-    ]
+    readable = [line.replace("(anonymous namespace)::", "") for line in said.splitlines()]
+    return {name: re.sub(r"^void |\(.*\)$", "", line) for name, line in zip(mangled, readable, strict=True)}
 
 
 def record() -> dict[str, Any]:
