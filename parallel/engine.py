@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from .loss_scale import LossScale
 from .mesh import Mesh
 from .normalization import BatchNorm
+from .parts import Piece
 from .pipeline import Loss, Schedule
 from .replicated import MakeOptimizer, ReplicatedOptimizer
+from .state import Local, SavedState, optimizer_pieces, optimizer_steps, restore_optimizer, share
 from .zero import ZeroOptimizer
 
 # (module, microbatch, received hidden states, chunk) → the chunk's output
@@ -61,6 +63,7 @@ class Engine:
         loss_scale: LossScale,
     ) -> None:
         self.mesh, self.module, self.tied = mesh, module.to(device=mesh.device, dtype=dtype), tied
+        self.mixed = dtype != torch.float32
         self.statistics, self.loss_scale = statistics, loss_scale
         if tied is not None:
             # The last stage's copy: left out of the norm by DeepSpeed and by ours.
@@ -72,6 +75,8 @@ class Engine:
             self.optimizer = ZeroOptimizer(
                 self.module, mesh, make_optimizer, stage=zero_stage, offload=offload_optimizer, clip=clip
             )
+        self.local = Local.of(self.module, mesh.tensor)
+        self._weights_are_copies = not (self.optimizer.partitioned and zero_stage == 3)
         self.stepping = [m for m in self.module.modules() if isinstance(m, BatchNorm)]
         self.schedule = Schedule(mesh, hidden_size=hidden_size, dtype=dtype)
 
@@ -148,17 +153,25 @@ class Engine:
 
     # State.
 
-    def whole_parameters(self) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
-        """(name, parameter, its whole local value) one at a time; collective over the data group under ZeRO 3.
-        Each value is valid until the next is taken."""
-        for name, parameter in self.module.named_parameters():
-            with self.optimizer.whole([parameter]):
-                yield name, parameter, parameter.detach()
+    def pieces(self) -> list[Piece]:
+        """What a checkpoint keeps of this rank: its values of every logical tensor, and of the optimizer's tensors and
+        the masters for it, as they lie in memory now.  Of what all replicas hold each has its share."""
+        pieces = [
+            piece
+            for parameter, begin, values in self.optimizer.weights()
+            for piece in self.local.pieces("weight", parameter, begin, values, self._weights_are_copies)
+        ]
+        pieces += optimizer_pieces(
+            self.optimizer.optimizer, self.optimizer.updated, self.local,
+            masters=self.mixed, copies=not self.optimizer.partitioned,
+        )  # fmt: skip
+        return share(pieces, self.mesh.data)
 
-    def optimizer_state(self) -> dict[str, Tensor]:
-        """This rank's own part of the optimizer's state."""
-        return self.optimizer.state()
+    def optimizer_steps(self) -> dict[str, float]:
+        """How often each logical tensor of this rank has been updated."""
+        return optimizer_steps(self.optimizer.optimizer, self.optimizer.updated, self.local)
 
-    def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
-        """Restore what ``optimizer_state`` gave on this rank in the same layout."""
-        self.optimizer.load_state(state)
+    def load_optimizer(self, saved: SavedState) -> None:
+        """Restore what ``pieces`` and ``optimizer_steps`` gave of the optimizer under any layout."""
+        restore_optimizer(self.optimizer.optimizer, self.optimizer.updated, self.local, saved, masters=self.mixed)
+        self.optimizer.restored()

@@ -21,11 +21,13 @@ from .norms import sums_of_squares
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """Values [start, stop) of a flattened tensor are of one parameter, by its number in ``Contents``."""
+    """Values [start, stop) of a flattened tensor are of one parameter, by its number in ``Contents``: those of its own
+    values that ``begin`` is the first of."""
 
     start: int
     stop: int
     parameter: int
+    begin: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Contents:
         for number, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
             begin, end = max(offset, start), min(offset + size, stop)
             if begin < end:
-                segments.append(Segment(begin - start, end - start, number))
+                segments.append(Segment(begin - start, end - start, number, begin - offset))
         return Contents(len(sizes), tuple(segments))
 
     @staticmethod
@@ -63,7 +65,7 @@ class Contents:
             shard = -(-size // axis.size)
             held = min(size - axis.rank * shard, shard)
             if held > 0:
-                segments.append(Segment(begin, begin + held, number))
+                segments.append(Segment(begin, begin + held, number, axis.rank * shard))
             begin += shard
         return Contents(len(sizes), tuple(segments))
 

@@ -77,6 +77,15 @@ class Mesh:
         """True on the one rank that writes console, metrics and manifests."""
         return self.rank == 0
 
+    def first_problem(self, problem: str | None) -> str | None:
+        """The first rank's problem, in words, for all of them; None where no rank has one.  Collective."""
+        said = None if problem is None else f"rank {self.rank}: {problem}" if self.size > 1 else problem
+        if not dist.is_initialized():
+            return said
+        everywhere: list[str | None] = [None] * self.size
+        dist.all_gather_object(everywhere, said)
+        return next((one for one in everywhere if one is not None), None)
+
     def describe(self) -> str:
         sequence = " with sequence parallelism" if self.sequence_parallel else ""
         chunks = f" in {self.virtual_stages} chunks" if self.virtual_stages > 1 else ""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from .lamb import Contents, Lamb
 from .mesh import Mesh
 from .norms import sum_of_squares
 from .sharding import logical_of
+from .state import Held, Updated
 
 MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
@@ -36,6 +36,7 @@ class ReplicatedOptimizer:
     """Gradients are summed over the replicas, clipped by their global norm, and applied to float32 masters."""
 
     averages_gradients = False
+    partitioned = False
 
     def __init__(self, module: nn.Module, mesh: Mesh, make_optimizer: MakeOptimizer, *, clip: float) -> None:
         self.module, self.mesh, self.clip = module, mesh, clip
@@ -112,16 +113,18 @@ class ReplicatedOptimizer:
             total += sum_of_squares(gradient)
         return self.mesh.model.all_reduce(total).sqrt().item()
 
-    def whole(self, parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager[Any]:
-        """Inside, the parameters have all their values (they always do here)."""
-        return contextlib.nullcontext()
+    def weights(self) -> Iterator[tuple[nn.Parameter, int, Tensor]]:
+        """This rank's values of every parameter: (parameter, number of the first of them, values)."""
+        return ((parameter, 0, parameter.detach()) for parameter in self.module.parameters())
 
-    def state(self) -> dict[str, Tensor]:
-        """The optimizer's tensors, and the masters where the weights are of lower precision."""
-        return partition_state(self.optimizer, self.masters, masters=self.mixed)
+    @property
+    def updated(self) -> Updated:
+        """The tensors that the optimizer updates, and what they are made of."""
+        pairs = zip(self.parameters, self.masters, strict=True)
+        return [(master, [Held(parameter, 0, parameter.numel())]) for parameter, master in pairs]
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        load_partition_state(self.optimizer, self.masters, state)
+    def restored(self) -> None:
+        """Take note of state that was put in place."""
 
 
 def _accumulate_into(view: Tensor) -> Callable[[Tensor], None]:
@@ -131,41 +134,3 @@ def _accumulate_into(view: Tensor) -> Callable[[Tensor], None]:
         parameter.grad = None
 
     return hook
-
-
-def partition_state(optimizer: torch.optim.Optimizer, tensors: list[Tensor], *, masters: bool) -> dict[str, Tensor]:
-    """{index.key: value} of an optimizer's state of these tensors, and of the tensors themselves (``master``)."""
-    state: dict[str, Tensor] = {}
-    for index, tensor in enumerate(tensors):
-        if masters:
-            state[f"{index}.master"] = tensor.detach().cpu().clone()
-        for key, value in optimizer.state.get(tensor, {}).items():
-            state[f"{index}.{key}"] = torch.as_tensor(value).detach().cpu().clone()
-    return state
-
-
-@torch.no_grad()
-def load_partition_state(optimizer: torch.optim.Optimizer, tensors: list[Tensor], state: dict[str, Tensor]) -> None:
-    """The reverse; ValueError where the state is not of these tensors."""
-    kinds: dict[str, set[str]] = {str(number): set() for number in range(len(tensors))}
-    for name in state:
-        number, _, kind = name.partition(".")
-        kinds.setdefault(number, set()).add(kind)
-    if len(kinds) != len(tensors) or any(kind != kinds["0"] for kind in kinds.values()):
-        raise ValueError(
-            f"the saved optimizer state is not of the {len(tensors)} tensors that this rank has: it is of another "
-            "layout or model, or not whole; take another checkpoint"
-        )
-    for index, tensor in enumerate(tensors):
-        own = {key.partition(".")[2]: value for key, value in state.items() if key.partition(".")[0] == str(index)}
-        master = own.pop("master", None)
-        for value in (*([master] if master is not None else []), *(v for v in own.values() if v.dim())):
-            if value.shape != tensor.shape:
-                raise ValueError(
-                    f"the saved optimizer state has shape {tuple(value.shape)} where {tuple(tensor.shape)} is needed: "
-                    "it was saved under another layout or model"
-                )
-        if master is not None:
-            tensor.copy_(master)
-        device = tensor.device
-        optimizer.state[tensor] = {k: v.to(device, copy=True) for k, v in own.items()}  # fused: the step count too

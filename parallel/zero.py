@@ -10,11 +10,11 @@ What DeepSpeed's plain engine needs to work under megatron-core's schedules:
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import os
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from .lamb import Contents, Lamb
 from .mesh import Mesh
-from .replicated import MakeOptimizer, load_partition_state, parameter_groups, partition_state
+from .replicated import MakeOptimizer, parameter_groups
+from .state import Held, Updated
 
 _linear = nn.functional.linear
 
@@ -63,6 +64,7 @@ class ZeroOptimizer:
     """Optimizer state (1), gradients (2) and weights (3) partitioned over the data group."""
 
     averages_gradients = True
+    partitioned = True
 
     def __init__(
         self,
@@ -84,7 +86,7 @@ class ZeroOptimizer:
             deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
         groups = parameter_groups(module.parameters())
         parameters: list[nn.Parameter] = [p for group in groups for p in group["params"]]
-        self.stage, self.mesh, self.deepspeed, self.offload = stage, mesh, deepspeed, offload
+        self.module, self.stage, self.mesh, self.offload = module, stage, mesh, offload
         self.dtype = parameters[0].dtype
         self.accumulated: dict[nn.Parameter, Tensor] = {}
         optimizer = make_optimizer(groups)
@@ -163,11 +165,37 @@ class ZeroOptimizer:
         self.engine.step()
         return math.inf if self.engine.optimizer.overflow else float(self.engine.get_global_grad_norm())
 
-    def whole(self, parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager[Any]:
-        """Inside, the parameters have all their values on every rank; collective over the data group."""
-        if self.stage < 3:
-            return contextlib.nullcontext()
-        return self.deepspeed.zero.GatheredParameters(parameters)
+    def weights(self) -> Iterator[tuple[nn.Parameter, int, Tensor]]:
+        """This rank's values of every parameter: (parameter, number of the first of them, values)."""
+        for parameter in self.module.parameters():
+            if self.stage < 3:
+                yield parameter, 0, parameter.detach()
+                continue
+            shard, begin = parameter.ds_tensor.detach().view(-1), self.mesh.data.rank * parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
+            held = max(0, min(shard.numel(), parameter.ds_numel - begin))  # type: ignore[attr-defined]
+            yield parameter, begin, shard[:held]
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """What updates the partitions."""
+        return self.engine.optimizer.optimizer  # type: ignore[no-any-return]
+
+    @property
+    def updated(self) -> Updated:
+        """The tensors that the optimizer updates, and what they are made of."""
+        zero = self.engine.optimizer
+        groups = zero.fp16_groups if self.stage == 3 else zero.round_robin_bit16_groups
+        contents = self._contents()
+        return [
+            (tensor, [Held(group[s.parameter], s.start, s.stop, s.begin) for s in contents[tensor].segments])
+            for tensor, group in zip(self._partitions(), groups, strict=True)
+        ]
+
+    def restored(self) -> None:
+        """Take note of state that was put in place."""
+        if self.offload:  # DeepSpeed's CPU Adam counts its steps with an int
+            for values in self.optimizer.state.values():
+                values["step"] = int(values["step"])
 
     def _partitions(self) -> list[Tensor]:
         """The float32 masters that this rank updates, flat."""
@@ -185,17 +213,6 @@ class ZeroOptimizer:
             x: Contents.of_slice(data.rank * len(x), (data.rank + 1) * len(x), offsets, [p.numel() for p in group])
             for x, offsets, group in groups
         }
-
-    def state(self) -> dict[str, Tensor]:
-        """This rank's partition of the optimizer's tensors and of the masters."""
-        return partition_state(self.engine.optimizer.optimizer, self._partitions(), masters=True)
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        optimizer = self.engine.optimizer.optimizer
-        load_partition_state(optimizer, self._partitions(), state)
-        if self.offload:  # DeepSpeed's CPU Adam counts its steps with an int
-            for values in optimizer.state.values():
-                values["step"] = int(values["step"])
 
 
 def cpu_adam(groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float) -> Any:

@@ -174,7 +174,12 @@ class CheckpointConfig(Section):
     """When the state is saved, and where weights may come from."""
 
     interval: int = Field(0, ge=0, description="steps between saves (and one at the end); 0: at the end only")
-    keep_last: int = Field(2, ge=0, description="how many to keep; 0: all")
+    asynchronous: bool = Field(
+        True, description="training goes on while a copy of the state in host memory is written; false: it waits"
+    )
+    keep_last: int = Field(2, ge=0, description="how many of the newest to keep; 0: all")
+    keep_every: int = Field(0, ge=0, description="those whose step divides by this are kept too; 0: none for that")
+    keep_best: int = Field(0, ge=0, description="so many with the lowest validation loss at their step are kept too")
     initialize_from: str | None = Field(None, description="checkpoint whose weights a new run starts from")
 
 
@@ -238,6 +243,11 @@ class Config(Section):
     def _check(self) -> Config:
         self._check_model()
         self._check_layout()
+        if self.checkpoint.keep_best and not self.evaluation.interval:
+            raise ValueError(
+                f"checkpoint.keep_best {self.checkpoint.keep_best} needs the validation loss of saved steps and "
+                "evaluation.interval is 0: set it to a divisor of checkpoint.interval, or leave keep_best out"
+            )
         try:
             check_schedule(
                 self.schedule.name,

@@ -26,12 +26,14 @@ class Evaluation:
         interval = self.config.evaluation.interval
         return interval > 0 and (done % interval == 0 or done == self.config.training.steps)
 
-    def __call__(self, engine: Engine, writer: MetricsWriter, done: int) -> None:
+    def __call__(self, engine: Engine, writer: MetricsWriter, done: int) -> float:
+        """Measure and report; the loss."""
         losses = self.measure(engine)
         parts = dict(losses.parts)
         if losses.sentence_accuracy is not None:
             parts["sentence_accuracy"] = losses.sentence_accuracy
         writer.validation(ValidationMetrics(done, losses.loss, losses.lm_accuracy, parts))
+        return losses.loss
 
     def measure(self, engine: Engine) -> Losses:
         """Global means over ``evaluation.rows`` rows; collective."""

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -77,6 +78,29 @@ def parents_of(path: Path) -> Iterator[None]:
             with contextlib.suppress(OSError):
                 parent.rmdir()
         raise
+
+
+@contextlib.contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder that appears whole under its name when the block ends, or not at all."""
+    target = target.resolve()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target} exists and is not empty: give a new folder, nothing is overwritten")
+    beside = target.with_name(f".{target.name}.tmp")
+    with parents_of(target):
+        if beside.exists():
+            shutil.rmtree(beside)
+        try:
+            beside.mkdir()
+            yield beside
+            sync(beside)
+            if target.exists():
+                target.rmdir()
+            beside.replace(target)
+        except BaseException:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise
+    sync(target.parent)
 
 
 def write_text(path: Path, text: str) -> None:

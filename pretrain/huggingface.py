@@ -6,12 +6,11 @@ nothing is computed and nothing rounded.
 
 from __future__ import annotations
 
-import contextlib
 import pickle
 import re
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +18,16 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from ..parallel.mesh import Mesh
-from ..parallel.sharding import logical_of
 from . import checkpoint as ckpt
-from .files import parents_of, read_json, read_mapping, sync, write_json
+from .conversion.imported import Imported, copy_tokenizer, logical_shapes, write_imported
+from .files import new_folder, read_json, read_mapping, sync, write_json
 from .models import ARCHITECTURES, architecture
-from .models.base import LanguageModel, Stage
+from .models.base import LanguageModel
 from .models.config import ModelConfig
 from .models.huggingface_keys import HuggingFaceKeys, Source, sources, tensor_names
 from .models.own_code import OwnCode
 from .validation import one_line
 
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt",
-    "added_tokens.json", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model",
-)  # fmt: skip
 # Buffers that older files carry, and a pooler that no head here reads.
 _IGNORED = re.compile(r"(\w+\.)?(embeddings\.(position_ids|token_type_ids)|pooler\.dense\.(weight|bias))")
 _COUNTERS = re.compile(r".*\.num_batches_tracked")  # whole numbers by nature
@@ -201,17 +195,6 @@ def rename(tensors: Mapping[str, Tensor], keys: HuggingFaceKeys) -> dict[str, Te
     return renamed | {name: torch.cat([pieces[first] for first in sorted(pieces)]) for name, pieces in rows.items()}
 
 
-def build(cls: type[LanguageModel], config: ModelConfig, heads: tuple[str, ...]) -> LanguageModel:
-    """The whole model on one CPU process, its parameters not yet filled."""
-    return cls(config, Mesh.solo(), stage=Stage.whole(config), heads=heads)
-
-
-def logical_shapes(cls: type[LanguageModel], config: ModelConfig, heads: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
-    """The shape of every logical tensor of a model; takes no memory."""
-    with torch.device("meta"):
-        return {name: logical_of(p).shape for name, p in build(cls, config, heads).named_parameters()}
-
-
 def export_config(
     cls: type[LanguageModel],
     config: ModelConfig,
@@ -272,13 +255,13 @@ def to_huggingface(
     constants = cls.huggingface_constants(config, heads)
     tensors |= {name: constants[name] for name in imported.get("constants", constants)}
     origin = imported.get("config", {})
-    with _new_folder(target) as beside:
+    with new_folder(target) as beside:
         ckpt.write_tensors(beside / "model.safetensors", tensors, {"format": "pt"})
         write_json(beside / "config.json", export_config(cls, config, heads, origin, kind, code))
         for file in [] if code is None else code.files():
             shutil.copyfile(file, beside / file.name)
             sync(beside / file.name)
-        _copy_tokenizer(folder / "tokenizer", beside)
+        copy_tokenizer(folder / "tokenizer", beside)
     if code is not None:
         return "load it with from_pretrained(folder, trust_remote_code=True): its modelling files are in it"
     return cls.stock_note(config)
@@ -291,20 +274,14 @@ def from_huggingface(folder: str | Path, out: str | Path) -> str | None:
     source = HuggingFaceFolder(Path(folder))
     cls, config, heads = source.model()
     tensors = source.logical_tensors(cls, config, heads)
-    entries = {
-        name: {"shape": list(t.shape), "dim": None, "shards": [{"file": "weights-t00-p00.safetensors"}]}
-        for name, t in tensors.items()
+    origin = {
+        "config": source.config,
+        "aliases": sorted(source.keys() & set(cls.huggingface_aliases(config, heads))),
+        "constants": sorted(source.keys() & set(cls.huggingface_constants(config, heads))),
     }
-    with _new_folder(Path(out)) as beside:
-        ckpt.write_tensors(beside / "weights-t00-p00.safetensors", tensors)
-        if any((source.folder / name).is_file() for name in TOKENIZER_FILES):
-            (beside / "tokenizer").mkdir()
-            _copy_tokenizer(source.folder, beside / "tokenizer")
-        aliases = sorted(source.keys() & set(cls.huggingface_aliases(config, heads)))
-        constants = sorted(source.keys() & set(cls.huggingface_constants(config, heads)))
-        origin = {"config": source.config, "aliases": aliases, "constants": constants}
-        manifest = ckpt.Manifest(0, config.model_dump(), heads, entries, huggingface=origin)
-        manifest.write(beside)
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+    model = Imported(cls, config, heads, tensors.__getitem__, dtypes, source.folder, origin)
+    write_imported(model, Path(out))
     return cls.import_note(source.config)
 
 
@@ -335,36 +312,6 @@ def _parse(cls: type[LanguageModel], fields: Mapping[str, Any], where: Path) -> 
         return cls.config_class.model_validate(fields)
     except ValidationError as error:
         raise ValueError(f"{where}: {one_line(error)}") from None
-
-
-@contextlib.contextmanager
-def _new_folder(target: Path) -> Iterator[Path]:
-    """A folder that appears whole under its name when the block ends, or not at all."""
-    target = target.resolve()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target} exists and is not empty: give a new folder, nothing is overwritten")
-    beside = target.with_name(f".{target.name}.tmp")
-    with parents_of(target):
-        if beside.exists():
-            shutil.rmtree(beside)
-        try:
-            beside.mkdir()
-            yield beside
-            sync(beside)
-            if target.exists():
-                target.rmdir()
-            beside.replace(target)
-        except BaseException:
-            shutil.rmtree(beside, ignore_errors=True)
-            raise
-    sync(target.parent)
-
-
-def _copy_tokenizer(source: Path, target: Path) -> None:
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
-            sync(target / name)
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from ..parallel.sharding import logical_of
 from . import checkpoint as ckpt
 from .batch import Batch
+from .conversion.imported import build
 from .generate import generate
-from .huggingface import HuggingFaceFolder, build, model_of, rename
+from .huggingface import HuggingFaceFolder, model_of, rename
 from .models.base import Cache, Encoder, LanguageModel
 from .models.config import ModelConfig
 

@@ -68,6 +68,18 @@ class SpikeMetrics:
     worst: Mapping[int, float]  # sample → mean loss of its predictions in nats, the largest first
 
 
+@dataclasses.dataclass(frozen=True)
+class SaveMetrics:
+    """How a save ended: of the checkpoint of update ``step``, known some steps later where it was asynchronous."""
+
+    step: int
+    bytes: int  # of all ranks' files
+    seconds: float  # from its beginning until it was on the disk
+    stall_seconds: float  # in which there was no training because of it
+    failed_saves: int  # so far, since this process began
+    problem: str | None = None  # why there is no checkpoint
+
+
 def json_line(values: Mapping[str, Any]) -> str:
     """One line of valid JSON.  A finite float is written so that reading it gives the same 64 bits.
 
@@ -215,6 +227,19 @@ class MetricsWriter:
         self._console.message(
             f"step {metrics.step}: " + ", ".join(f"validation {k.replace('_', ' ')} {v:.4f}" for k, v in values.items())
         )
+
+    def saved(self, metrics: SaveMetrics) -> None:
+        """Report how a save has ended."""
+        if not self._is_writer:
+            return
+        values: dict[str, Any] = {"failed_saves": metrics.failed_saves}
+        if metrics.problem is None:
+            values |= {"save_bytes": metrics.bytes, "save_seconds": metrics.seconds}
+            values |= {"save_stall_seconds": metrics.stall_seconds}
+        self._scalars(metrics.step, "checkpoint", values)
+        if metrics.problem is not None:
+            values["save_problem"] = metrics.problem
+        self._write({"step": metrics.step} | values)
 
     def message(self, text: str) -> None:
         """A line for people (a checkpoint was written, ...), above the bar where there is one."""

@@ -1,50 +1,64 @@
-"""Where a run continues from, what it must have in common with what was saved, and what is saved."""
+"""Where a run continues from, and what it must have in common with what was saved."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ..parallel.engine import Engine
 from ..parallel.mesh import Mesh
 from . import checkpoint as ckpt
 from .config import Config
 from .data.store import MANIFEST as DATA_MANIFEST
+from .files import explain
 from .metrics import read_metrics
-from .watch import Watch
 
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """Where a run begins: after ``step`` updates, from ``reader``'s checkpoint (None: from initial values)."""
+    """Where a run begins: after ``step`` updates, from ``reader``'s checkpoint (None: from initial values).
+
+    ``passed_over``: what is wrong with newer checkpoints that were not taken, in words.
+    """
 
     step: int
     reader: ckpt.Reader | None
     resumes: bool  # False where only the weights are taken
+    passed_over: tuple[str, ...] = ()
 
 
 def find_start(config: Config, mesh: Mesh, resume: str) -> Start:
-    """``resume``: "auto" (the run folder's latest checkpoint if there is one), "never" or a checkpoint's path.
+    """``resume``: "auto" (the run folder's newest whole checkpoint if there is one), "never" or a checkpoint's path;
+    collective.  All of a checkpoint is verified, each rank a part of it.
 
-    ValueError where a checkpoint was saved under another layout, or with data, model or seed that differ: the run would
-    not continue but become another one.
+    ValueError where none is whole, or one was saved with data, model or seed that differ: the run would not continue
+    but become another one.
     """
     root = checkpoints_folder(config)
-    newest = ckpt.latest(root)
-    if resume == "never" and newest is not None:
+    found = ckpt.candidates(root)
+    if resume == "never" and found:
         raise ValueError(f"{root} already has checkpoints: set another run_dir, or leave out --resume never")
-    folder = newest if resume in ("auto", "never") else ckpt.find(Path(resume))
-    if folder is not None:
-        reader = ckpt.Reader(folder)
-        _check_continues(config, mesh, reader)
-        return Start(reader.manifest.step, reader, resumes=True)
+    if resume not in ("auto", "never"):
+        found = [ckpt.find(Path(resume))]
+    if found:
+        reader, damage = _newest_whole(found, mesh)
+        if reader is None and resume == "auto":
+            raise ValueError(
+                f"{root} has no whole checkpoint, {len(found)} damaged: {damage[0]}; set another run_dir to start anew"
+            )
+        if reader is None:
+            raise ValueError(damage[0])
+        _check_continues(config, reader)
+        return Start(reader.manifest.step, reader, resumes=True, passed_over=damage)
     _check_folder(config)
     if config.checkpoint.initialize_from is not None:
-        reader = ckpt.Reader(ckpt.find(Path(config.checkpoint.initialize_from)))
+        reader, damage = _newest_whole([ckpt.find(Path(config.checkpoint.initialize_from))], mesh)
+        if reader is None:
+            raise ValueError(f"checkpoint.initialize_from: {damage[0]}")
         theirs, ours = reader.manifest.model.get("model_type"), config.model.model_type
         if theirs != ours:
             raise ValueError(
@@ -53,6 +67,25 @@ def find_start(config: Config, mesh: Mesh, resume: str) -> Start:
             )
         return Start(0, reader, resumes=False)
     return Start(0, None, resumes=False)
+
+
+def _newest_whole(folders: Sequence[Path], mesh: Mesh) -> tuple[ckpt.Reader | None, tuple[str, ...]]:
+    """The first of these checkpoints that is whole, and what is wrong with those before it; collective."""
+    damage: list[str] = []
+    for folder in folders:
+        reader, problem = None, None
+        try:
+            reader = ckpt.Reader(folder)
+            reader.verify(mesh.rank, mesh.size)
+        except (ValueError, OSError) as error:
+            problem = explain(error) if isinstance(error, OSError) else str(error)
+        problem = mesh.first_problem(problem)
+        if problem is None:
+            assert reader is not None
+            reader.trust()
+            return reader, tuple(damage)
+        damage.append(problem)
+    return None, tuple(damage)
 
 
 def _check_folder(config: Config) -> None:
@@ -90,7 +123,7 @@ def checkpoints_folder(config: Config) -> Path:
 
 
 def layout_of(config: Config, mesh: Mesh) -> dict[str, int]:
-    """What an optimizer's partitions depend on."""
+    """The sizes that a run is spread over."""
     partitioned = mesh.data.size > 1 or config.parallel.offload_optimizer
     return {
         "tensor": mesh.tensor.size,
@@ -107,17 +140,11 @@ def data_fingerprint(config: Config) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _check_continues(config: Config, mesh: Mesh, reader: ckpt.Reader) -> None:
+def _check_continues(config: Config, reader: ckpt.Reader) -> None:
     manifest, folder = reader.manifest, reader.folder
     if not manifest.layout:
         raise ValueError(
             f"{folder} has weights but no optimizer state: set checkpoint.initialize_from to start from it"
-        )
-    layout = layout_of(config, mesh)
-    if {"virtual_stages": 1, **manifest.layout} != layout:  # older checkpoints have none
-        raise ValueError(
-            f"{folder} was saved with {_words(manifest.layout)} and cannot continue with {_words(layout)}: start the "
-            "same layout, or set checkpoint.initialize_from (weights only) and another run_dir"
         )
     changed = _first_change(manifest.config, config)
     if changed is not None:
@@ -128,34 +155,6 @@ def _check_continues(config: Config, mesh: Mesh, reader: ckpt.Reader) -> None:
         raise ValueError(f"{folder} is past training.steps {config.training.steps}: raise it, or set another run_dir")
 
 
-def _words(layout: dict[str, int]) -> str:
+def describe_layout(layout: dict[str, int]) -> str:
     said = {name: value for name, value in layout.items() if (name, value) != ("virtual_stages", 1)}
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in said.items())
-
-
-def save_checkpoint(config: Config, mesh: Mesh, engine: Engine, watch: Watch, step: int) -> Path:
-    """Save the state after ``step`` updates; collective.  OSError on every rank where it fails on one."""
-    weights, entries = ckpt.local_slices(engine.whole_parameters(), mesh.tensor, ckpt.weights_file(mesh))
-    manifest = ckpt.Manifest(
-        step=step,
-        model=config.model.model_dump(),
-        heads=config.heads,
-        tensors={},
-        layout=layout_of(config, mesh),
-        trainer={
-            "data": data_fingerprint(config),
-            "loss_scale": engine.loss_scale.state(),
-            "watch": watch.state(),
-        },
-        config=config.model_dump(),
-    )
-    return ckpt.save(
-        checkpoints_folder(config),
-        manifest,
-        mesh,
-        weights=weights if mesh.data.first else {},
-        entries=entries if mesh.data.first else {},
-        optimizer=engine.optimizer_state(),
-        tokenizer=Path(config.data.folder) / "tokenizer",
-        keep_last=config.checkpoint.keep_last,
-    )

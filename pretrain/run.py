@@ -122,7 +122,7 @@ def build_engine(config: Config, mesh: Mesh, start: Start, loss: LossFunction) -
     )
     if start.resumes:
         assert start.reader is not None
-        engine.load_optimizer_state(start.reader.optimizer(mesh.rank))
+        engine.load_optimizer(start.reader)
         if scale := start.reader.manifest.trainer.get("loss_scale"):  # older checkpoints have none
             engine.loss_scale.load_state(scale)
     return engine

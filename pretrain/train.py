@@ -13,7 +13,8 @@ from .hardware import peak_memory, utilization
 from .losses import Counts, LossFunction
 from .metrics import MetricsWriter, SpikeMetrics, StepMetrics
 from .objectives import Objective
-from .resume import Start, find_start, layout_of, save_checkpoint
+from .resume import Start, describe_layout, find_start, layout_of
+from .saving import Saving
 from .watch import largest
 
 
@@ -38,7 +39,7 @@ def train(config: Config, *, resume: str = "auto", stop_after: int | None = None
 def _train(config: Config, mesh: Mesh, evaluation: Evaluation, objective: Objective, start: Start, last: int) -> None:
     loss_function, kernels = LossFunction(config.heads), run.prepare_kernels(config, mesh)
     engine, watch = run.build_engine(config, mesh, start, loss_function), run.watch_of(config, start)
-    training, save = config.training, config.checkpoint
+    training = config.training
     if mesh.is_writer:
         run.write_config(config)
     sizes = training.batch_sizes
@@ -52,7 +53,10 @@ def _train(config: Config, mesh: Mesh, evaluation: Evaluation, objective: Object
         config_text=config.to_yaml(),
         console_interval=config.logging.interval,
     )
+    saving = Saving(config, mesh, engine, watch, writer)
     with writer, loader:
+        for damage in start.passed_over:
+            writer.message(f"not taken: {damage}")
         writer.message(_greeting(config, mesh, start))
         writer.message(kernels)
         for step in range(start.step, last):
@@ -93,17 +97,23 @@ def _train(config: Config, mesh: Mesh, evaluation: Evaluation, objective: Object
                 worst = largest(dict(zip(samples, engine.gather_rows(result, len(samples)), strict=True)))
                 writer.spike(SpikeMetrics(done, trouble, losses.loss, result.gradient_norm, samples, worst))
                 watch.require_progress(training.max_skipped_steps, done)
+            metrics = {"loss": losses.loss}
             if evaluation.due(done):
-                evaluation(engine, writer, done)
-            if done == last or (save.interval and done % save.interval == 0):
-                writer.sync()
-                writer.message(f"saved {save_checkpoint(config, mesh, engine, watch, done)}")
+                metrics["validation_loss"] = evaluation(engine, writer, done)
+            saving.poll()
+            if saving.due(done, last):
+                saving.save(done, metrics)
+        saving.finish()
 
 
 def _greeting(config: Config, mesh: Mesh, start: Start) -> str:
     if start.step >= config.training.steps and start.reader is not None:
         return f"{start.reader.folder} has all {config.training.steps} steps: raise training.steps to go on"
-    begins = "from initial values" if start.reader is None else f"from {start.reader.folder}"
+    begins = "from initial values"
+    if start.reader is not None:
+        begins, then = f"from {start.reader.folder}", start.reader.manifest.layout
+        if start.resumes and then != layout_of(config, mesh):
+            begins += f" (saved with {describe_layout(then)})"
     return (
         f"{config.model.model_type}, {config.objective.name}, {config.training.dtype}, {mesh.describe()}, "
         f"ZeRO {layout_of(config, mesh)['zero_stage']} on {mesh.device.type}: steps {start.step + 1} to "

@@ -14,8 +14,7 @@ from pathlib import Path
 import torch
 
 from ...version import __version__
-
-CLONE = Path(__file__).parents[2]
+from ..provenance import commit
 
 
 def about(device: torch.device, *packages: str) -> dict[str, str]:
@@ -40,12 +39,6 @@ def about(device: torch.device, *packages: str) -> dict[str, str]:
     found["farspan"] = f"{__version__}, commit {commit()}"
     found["date"] = datetime.date.today().isoformat()
     return found
-
-
-def commit() -> str:
-    """Of the clone, "-dirty" where its files differ from it; "unknown" where there is none."""
-    git = "git", "-C", str(CLONE), "describe", "--always", "--dirty"
-    return _said_by(*git) if (CLONE / ".git").exists() else "unknown"
 
 
 def driver() -> str:

@@ -1,0 +1,26 @@
+"""Checkpoints that do not depend on the layout: logical tensors in sharded, checksummed safetensors files."""
+
+from .folders import Retention, candidates, find, latest, steps
+from .manifest import MANIFEST, Entry, Manifest, Shard
+from .reader import Reader, load_weights
+from .saver import Saved, Saver
+from .tensor_file import open_tensors, write_stream, write_tensors
+
+__all__ = [
+    "MANIFEST",
+    "Entry",
+    "Manifest",
+    "Reader",
+    "Retention",
+    "Saved",
+    "Saver",
+    "Shard",
+    "candidates",
+    "find",
+    "latest",
+    "load_weights",
+    "open_tensors",
+    "steps",
+    "write_stream",
+    "write_tensors",
+]

@@ -1,0 +1,150 @@
+"""The folder of a run's checkpoints: which there are, which is the latest, which are kept.
+
+checkpoints/
+    step-00000100/            whole: renamed when all of it is on the disk
+        manifest.json         written last
+        weights-00000.safetensors, optimizer-00000.safetensors, …   what rank 0 wrote, …
+        tokenizer/            so that a conversion needs nothing but this folder
+    latest                    the name of the newest
+    .step-00000200.tmp/       being written, or left by a process that was killed
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..files import sync, write_text
+from .manifest import MANIFEST, Manifest
+
+_STEP = re.compile(r"step-(\d{8,})")
+
+
+def step_folder(root: Path, step: int) -> Path:
+    return root / f"step-{step:08d}"
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def folder_beside(final: Path) -> Path:
+    """Where a checkpoint is written before it is renamed."""
+    return final.with_name(f".{final.name}.tmp")
+
+
+def candidates(root: Path) -> list[Path]:
+    """The checkpoints below ``root``, whole or not, in the order in which a resume tries them: the one that ``latest``
+    names, those before it, the newest first, then those after it, which a run that went back has left behind.
+
+    ValueError where ``root`` is no folder and cannot become one.
+    """
+    if root.exists() and not root.is_dir():
+        raise ValueError(f"{root} is a file where the folder of checkpoints belongs: move it, or set another run_dir")
+    if not root.is_dir():
+        return []
+    found = sorted((p for p in root.iterdir() if _STEP.fullmatch(p.name)), key=step_of, reverse=True)
+    pointer = root / "latest"
+    name = pointer.read_text(encoding="utf-8", errors="replace").strip() if pointer.is_file() else ""
+    newest = next((step_of(folder) for folder in found if folder.name == name), None)
+    if newest is None:
+        return found
+    return [p for p in found if step_of(p) <= newest] + [p for p in found if step_of(p) > newest]
+
+
+def steps(root: Path) -> list[Path]:
+    """The checkpoints below ``root`` that have a manifest, oldest first."""
+    return sorted((p for p in candidates(root) if (p / MANIFEST).is_file()), key=step_of)
+
+
+def latest(root: Path) -> Path | None:
+    """The first of the ``candidates`` that has a manifest."""
+    return next((folder for folder in candidates(root) if (folder / MANIFEST).is_file()), None)
+
+
+def find(path: Path) -> Path:
+    """The checkpoint that a path means: a checkpoint folder, a ``checkpoints`` folder or a run folder (its latest)."""
+    if (path / MANIFEST).is_file():
+        return path
+    for root in (path, path / "checkpoints"):
+        newest = latest(root) if root.is_dir() else None
+        if newest is not None:
+            return newest
+    raise ValueError(f"{path} has no checkpoint: give a run folder, its checkpoints folder or one step-… folder")
+
+
+@dataclasses.dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay: the newest ``last`` (0: all), those whose step divides by ``every`` (0: none for that),
+    and the ``best`` with the lowest validation loss."""
+
+    last: int = 0
+    every: int = 0
+    best: int = 0
+
+    def forgotten(self, folders: Sequence[Path]) -> list[Path]:
+        """Those of ``folders``, oldest first, that go."""
+        if not self.last:
+            return []
+        kept = {*folders[-self.last :]}
+        kept |= {folder for folder in folders if self.every and step_of(folder) % self.every == 0}
+        if self.best:
+            losses = {folder: loss for folder in folders if (loss := validation_loss(folder)) is not None}
+            kept |= {*sorted(losses, key=lambda folder: (losses[folder], -step_of(folder)))[: self.best]}
+        return [folder for folder in folders if folder not in kept]
+
+
+def validation_loss(folder: Path) -> float | None:
+    """At the step of a checkpoint; None where it was not measured, or the checkpoint is damaged."""
+    try:
+        loss = Manifest.read(folder).metrics.get("validation_loss")
+    except (ValueError, OSError):
+        return None
+    return float(loss) if isinstance(loss, int | float) else None
+
+
+def fresh_folder(folder: Path) -> None:
+    """An empty folder, in the place of what an earlier process has left there."""
+    remove(folder)
+    folder.mkdir(parents=True)
+
+
+def publish(beside: Path, final: Path) -> None:
+    """Give a checkpoint that is whole its name, and let ``latest`` name it.  An OSError leaves an older one there."""
+    sync(beside)
+    if final.exists():  # saved before by a run that was resumed from further back
+        old = _hide(final)
+        try:
+            beside.replace(final)
+        except OSError:
+            old.replace(final)
+            raise
+        remove(old)
+    else:
+        beside.replace(final)
+    sync(final.parent)
+    write_text(final.parent / "latest", final.name + "\n")
+
+
+def forget(root: Path, newest: Path, retention: Retention) -> None:
+    """Remove what is not to be kept now that ``newest`` is there, and what an interrupted save left."""
+    for leftover in root.glob(".step-*"):
+        remove(leftover)
+    # Later ones, of a run that went back, are none of this run's until it has come to them.
+    for folder in retention.forgotten([p for p in steps(root) if step_of(p) <= step_of(newest)]):
+        remove(_hide(folder))
+
+
+def _hide(folder: Path) -> Path:
+    """Rename a checkpoint so that it is none any more, before it is removed file by file."""
+    hidden = folder.with_name(f".{folder.name}.old")
+    remove(hidden)
+    return folder.replace(hidden)
+
+
+def remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)

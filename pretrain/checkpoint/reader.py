@@ -1,0 +1,149 @@
+"""Reading a checkpoint: logical tensors, or any part of them, whatever layout it was saved under."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ...parallel.mesh import Axis
+from ...parallel.parts import Part, Runs, overlap
+from ...parallel.sharding import Logical, logical_name, logical_of
+from .manifest import MANIFEST, Entry, Manifest, Shard
+from .tensor_file import TensorFile
+
+_PORTION = 2**24  # values that are read at once where they are copied to several places
+_LONG_RUN = 4096  # bytes from which a run is worth a read of its own
+
+
+def tensor_key(kind: str, name: str) -> str:
+    """The name of a tensor in a file."""
+    return name if kind == "weight" else f"{kind}:{name}"
+
+
+class Reader:
+    """Reads logical tensors, or parts of them, from a checkpoint saved under any layout.
+
+    What is read is verified by its checksums, unless ``trust`` was called: then no byte is read that is not asked for.
+    ValueError in one line where something is damaged or missing.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest | None = None) -> None:
+        self.folder = folder
+        self.manifest = manifest or Manifest.read(folder)
+        self._files: dict[str, TensorFile] = {}
+        self._trusted = False
+
+    def trust(self) -> None:
+        """All files were verified a moment ago."""
+        self._trusted = True
+        self._files.clear()
+
+    def verify(self, part: int = 0, parts: int = 1) -> None:
+        """Compare the checksums of every ``parts``-th file, from number ``part`` on; ValueError where one differs."""
+        for name in list(self.manifest.files)[part::parts]:
+            with TensorFile(self.folder / name, self.manifest.files[name]) as file:
+                file.verify()
+
+    @property
+    def bytes_read(self) -> int:
+        return sum(file.bytes_read for file in self._files.values())
+
+    def names(self) -> list[str]:
+        return list(self.manifest.tensors)
+
+    def dtype(self, name: str, kind: str = "weight") -> torch.dtype:
+        return self._entry(name, kind).dtypes[kind]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._entry(name).shape
+
+    def tensor(self, name: str, shape: tuple[int, ...] | None = None, kind: str = "weight") -> Tensor:
+        """The whole logical tensor; ValueError where it is not of the ``shape`` that the model needs."""
+        entry = self._entry(name, kind, shape)
+        values = torch.empty(entry.shape, dtype=entry.dtypes[kind])
+        self.read(kind, name, Part.whole(entry.shape), values.view(-1))
+        return values
+
+    def local(self, name: str, logical: Logical, axis: Axis, local_shape: Iterable[int]) -> Tensor:
+        """A rank's slice of a weight, padded, in the parameter's own shape."""
+        entry, part = self._entry(name, "weight", logical.shape), Part.of_rank(logical, axis)
+        values = torch.empty(part.slice_shape, dtype=entry.dtypes["weight"])
+        self.read("weight", name, part, values.view(-1))
+        return (values if logical.dim is None else logical.pad(values, axis)).reshape(tuple(local_shape))
+
+    # As an optimizer reads it (``parallel.state.SavedState``).
+
+    def kinds(self, name: str) -> Collection[str]:
+        return self._entry(name).shards.keys()
+
+    def step(self, name: str) -> float | None:
+        return self._entry(name).step
+
+    def read(self, kind: str, name: str, part: Part, into: Tensor) -> None:
+        """Fill ``into``, 1-D, of any dtype and device, with the values of that part."""
+        entry = self._entry(name, kind, part.shape)
+        missing = part.values
+        for shard in entry.shards[kind]:
+            for runs in overlap(shard.part, part):
+                self._copy(tensor_key(kind, name), entry.dtypes[kind], shard, runs, into)
+                missing -= runs.count * runs.length
+        if missing:
+            raise ValueError(
+                f"{self.folder} lacks {missing} of the {part.values} values of {kind} {name} that are needed"
+            )
+
+    def _copy(self, key: str, dtype: torch.dtype, shard: Shard, runs: Runs, into: Tensor) -> None:
+        file = self._open(shard.file)
+        found = file.tensors.get(key)
+        if found is None or found[:2] != (dtype, shard.part.values):
+            said = "nothing" if found is None else f"{found[1]} values of {found[0]}"
+            raise ValueError(
+                f"{file.path} has {said} under {key} where {MANIFEST} says {shard.part.values} values of {dtype}: "
+                "the checkpoint is not whole, take another"
+            )
+        at_once = max(1, _PORTION // max(runs.source_step, 1))
+        direct = self._trusted and into.dtype == dtype and into.device.type == "cpu" and into.is_contiguous()
+        if direct and (runs.count == 1 or runs.length * dtype.itemsize >= _LONG_RUN):
+            for source, target in runs:
+                file.read_into(key, source, into[target : target + runs.length])
+        elif runs.count == 1:
+            for begin in range(0, runs.length, _PORTION):
+                end = min(begin + _PORTION, runs.length)
+                values = file.read(key, runs.source + begin, runs.source + end)
+                into[runs.target + begin : runs.target + end].copy_(values)
+        else:
+            for number in range(0, runs.count, at_once):
+                some = runs.some(number, min(at_once, runs.count - number))
+                values = file.read(key, some.source, some.source_end)
+                some.from_start().copy(values, into)
+
+    def _entry(self, name: str, kind: str = "weight", shape: tuple[int, ...] | None = None) -> Entry:
+        """What the manifest says of a tensor, which must have this kind and shape (None: any)."""
+        entry = self.manifest.tensors.get(name)
+        if entry is None:
+            raise ValueError(f"{self.folder} has no tensor {name}: the checkpoint is of another model configuration")
+        if kind not in entry.shards or kind not in entry.dtypes:
+            raise ValueError(f"{self.folder} has no {kind} of {name}: it was saved with another optimizer or precision")
+        if shape not in (None, entry.shape):
+            raise ValueError(
+                f"{name} in {self.folder} has shape {entry.shape}, the model needs {shape}: "
+                "the checkpoint is of another model configuration"
+            )
+        return entry
+
+    def _open(self, name: str) -> TensorFile:
+        if name not in self._files:
+            about = self.manifest.files[name]
+            self._files[name] = TensorFile(self.folder / name, about, trusted=self._trusted)
+        return self._files[name]
+
+
+@torch.no_grad()
+def load_weights(module: nn.Module, reader: Reader, axis: Axis) -> None:
+    """Fill a module's parameters with their slices.  Parameters must be whole (not partitioned by ZeRO 3)."""
+    for name, parameter in module.named_parameters():
+        logical = logical_of(parameter)
+        parameter.copy_(reader.local(logical_name(name, parameter), logical, axis, parameter.shape))

@@ -1,0 +1,253 @@
+"""Safetensors files (https://github.com/huggingface/safetensors, "Format") written as a stream and read by the range.
+
+The library writes a file from tensors that are all in memory, and checks nothing that it reads.  Here a file is written
+tensor by tensor, with a checksum of every ``BLOCK`` of it, and any range of values is read with the checksums of the
+blocks that it lies in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+BLOCK = 2**20  # bytes under one checksum
+_DIGITS = 16  # of a checksum: XXH3, 64 bits, in hexadecimal
+_LONGEST_HEADER = 100_000_000  # bytes; as the library has it
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+def checksum(content: bytes | memoryview) -> str:
+    return xxhash.xxh3_64_hexdigest(content)
+
+
+def open_tensors(path: Path, remedy: str) -> Any:
+    """A safetensors file of somebody else's, to read from.  OSError where it cannot be opened; ValueError, with the
+    ``remedy``, where it is damaged."""
+    with path.open("rb"):  # of a file without rights safetensors says that it does not exist
+        pass
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error}): {remedy}") from None
+
+
+def values_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor in host memory."""
+    return memoryview(tensor.detach().view(-1).view(torch.uint8).numpy().data)
+
+
+# Writing.
+
+
+class _Checked:
+    """A file being written, and the checksums of its blocks so far."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.size, self.checksums = file, 0, []  # type: IO[bytes], int, list[str]
+        self._block = xxhash.xxh3_64()
+        self._room = BLOCK
+
+    def write(self, content: bytes | memoryview) -> None:
+        view = memoryview(content)
+        self.size += len(view)
+        while len(view):
+            part, view = view[: self._room], view[self._room :]
+            self._room -= len(part)
+            self._block.update(part)
+            while len(part):  # a raw file may take less than it is given
+                part = part[self.file.write(part) :]
+            if not self._room:
+                self._end_block()
+
+    def finish(self) -> None:
+        if self._room < BLOCK:
+            self._end_block()
+
+    def _end_block(self) -> None:
+        self.checksums.append(self._block.hexdigest())
+        self._block, self._room = xxhash.xxh3_64(), BLOCK
+
+
+def write_stream(
+    path: Path,
+    shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    read: Callable[[str], Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """One safetensors file of these tensors, each of them ``read`` when its turn comes; flushed to the disk.
+
+    Returns what a manifest says of it: {"bytes", "checksums"}, the latter those of all its blocks, end to end.  OSError
+    where it cannot be written; AssertionError where ``read`` gives another dtype or shape.
+    """
+    # Sorted by the size of an element, so that every tensor is aligned to its own.
+    names = sorted(shapes, key=lambda name: -shapes[name][0].itemsize)
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name in names:
+        dtype, shape = shapes[name]
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with _naming(path), path.open("wb", buffering=0) as file:
+        checked = _Checked(file)
+        checked.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            tensor = read(name)
+            assert (tensor.dtype, tuple(tensor.shape)) == shapes[name], f"{name}: {tensor.dtype} {tuple(tensor.shape)}"
+            checked.write(values_of(tensor.contiguous()))
+        checked.finish()
+        os.fsync(file.fileno())
+    return {"bytes": checked.size, "checksums": "".join(checked.checksums)}
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """``write_stream`` of tensors that are in memory."""
+    shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    return write_stream(path, shapes, lambda name: tensors[name], metadata)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """An error of the system inside names the file: a write that fails does not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+# Reading.
+
+
+class TensorFile:
+    """A file that ``write_stream`` wrote.
+
+    ``about``: what the manifest says of it.  Of a ``trusted`` one, all of which was verified a moment ago, no more than
+    the bytes that are asked for are read; of others the blocks that these lie in.  ValueError where it is damaged,
+    OSError where it cannot be read.
+    """
+
+    def __init__(self, path: Path, about: Mapping[str, Any], *, trusted: bool = False) -> None:
+        self.path, self.trusted = path, trusted
+        self.size, self._checksums = int(about["bytes"]), str(about["checksums"])
+        self.bytes_read = 0
+        try:
+            self._file = path.open("rb", buffering=0)
+        except FileNotFoundError:
+            raise ValueError(f"{path} is missing: the checkpoint is not whole, take another") from None
+        found = os.fstat(self._file.fileno()).st_size
+        if found != self.size or len(self._checksums) != -(-self.size // BLOCK) * _DIGITS:
+            raise self._damage(f"it has {found} bytes, {self.size} were written")
+        self.tensors = self._header()
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def verify(self) -> None:
+        """Read all of it and compare the checksums."""
+        buffer = torch.empty(16 * BLOCK, dtype=torch.uint8)
+        for begin in range(0, self.size, len(buffer)):
+            self._read_checked(begin, min(begin + len(buffer), self.size), buffer)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.tensors[name][0]
+
+    def read(self, name: str, begin: int, end: int) -> Tensor:
+        """Values [begin, end) of a tensor, flattened: a new tensor of one dimension."""
+        dtype = self.dtype(name)
+        first, last = self._bytes(name, begin, end)
+        if self.trusted:
+            values = torch.empty(end - begin, dtype=dtype)
+            self._read_raw(first, values.view(torch.uint8))
+            return values
+        from_block, to_block = first // BLOCK * BLOCK, min(-(-last // BLOCK) * BLOCK, self.size)
+        buffer = torch.empty(to_block - from_block, dtype=torch.uint8)
+        self._read_checked(from_block, to_block, buffer)
+        return buffer[first - from_block : last - from_block].view(dtype)
+
+    def read_into(self, name: str, begin: int, target: Tensor) -> None:
+        """Values from ``begin`` on, into a contiguous tensor of the same dtype, straight from the disk; of trusted
+        files."""
+        assert self.trusted and target.dtype == self.dtype(name)
+        first, _ = self._bytes(name, begin, begin + target.numel())
+        self._read_raw(first, target.view(-1).view(torch.uint8))
+
+    def _bytes(self, name: str, begin: int, end: int) -> tuple[int, int]:
+        dtype, values, offset = self.tensors[name]
+        if not 0 <= begin <= end <= values:
+            raise self._damage(f"{name} has {values} values, {begin} to {end} are needed")
+        return offset + begin * dtype.itemsize, offset + end * dtype.itemsize
+
+    def _header(self) -> dict[str, tuple[torch.dtype, int, int]]:
+        """name → (dtype, number of values, where they begin in the file)."""
+        prefix = self._read_block_range(0, min(8, self.size))
+        length = int.from_bytes(prefix, "little")
+        if length > min(_LONGEST_HEADER, self.size - 8):
+            raise self._damage("its header is longer than the file")
+        try:
+            header = json.loads(self._read_block_range(8, 8 + length))
+            found: dict[str, tuple[torch.dtype, int, int]] = {}
+            for name, entry in header.items():
+                if name == "__metadata__":
+                    continue
+                dtype, values = _DTYPES[entry["dtype"]], math.prod(entry["shape"])
+                begin, end = entry["data_offsets"]
+                if not 0 <= begin <= end <= self.size - 8 - length or (end - begin) != values * dtype.itemsize:
+                    raise ValueError(name)
+                found[name] = (dtype, values, 8 + length + begin)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise self._damage("its header is none of safetensors") from None
+        return found
+
+    def _read_block_range(self, begin: int, end: int) -> bytes:
+        """These bytes, verified with the blocks that they lie in where they are not trusted."""
+        if self.trusted:
+            exact = torch.empty(end - begin, dtype=torch.uint8)
+            self._read_raw(begin, exact)
+            return bytes(values_of(exact))
+        first, last = begin // BLOCK * BLOCK, min(-(-end // BLOCK) * BLOCK, self.size)
+        buffer = torch.empty(last - first, dtype=torch.uint8)
+        self._read_checked(first, last, buffer)
+        return bytes(values_of(buffer[begin - first : end - first]))
+
+    def _read_checked(self, begin: int, end: int, buffer: Tensor) -> None:
+        """Whole blocks, from byte ``begin``, into the beginning of ``buffer``."""
+        self._read_raw(begin, buffer[: end - begin])
+        content = values_of(buffer)
+        for start in range(begin, end, BLOCK):
+            number = start // BLOCK
+            block = content[start - begin : min(start + BLOCK, end) - begin]
+            if checksum(block) != self._checksums[number * _DIGITS : (number + 1) * _DIGITS]:
+                raise self._damage(f"bytes {start} to {min(start + BLOCK, end)} are not those that were written")
+
+    def _read_raw(self, begin: int, into: Tensor) -> None:
+        view = values_of(into)
+        while len(view):
+            count = os.preadv(self._file.fileno(), [view[: 2**30]], begin)
+            if count == 0:
+                raise self._damage("it has become shorter")
+            self.bytes_read += count
+            begin, view = begin + count, view[count:]
+
+    def _damage(self, reason: str) -> ValueError:
+        return ValueError(f"{self.path} is damaged ({reason}): take another checkpoint")

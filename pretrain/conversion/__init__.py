@@ -1,0 +1,1 @@
+"""Models from elsewhere to checkpoints, and checkpoints to elsewhere."""
