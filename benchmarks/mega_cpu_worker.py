@@ -33,7 +33,7 @@ class FarspanLayer:
         from farspan.parallel.mesh import Mesh
         from farspan.parallel.sharding import initialize
         from farspan.pretrain.conversion.imported import build
-        from farspan.pretrain.huggingface import rename
+        from farspan.pretrain.conversion.renaming import rename
         from farspan.pretrain.models.mega import Mega, MegaConfig
 
         keep_freed_memory()  # as a run on a CPU does (Mesh.create)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from ..parallel.engine import Engine
 from ..parallel.mesh import Mesh
 from . import checkpoint as ckpt
@@ -44,7 +46,7 @@ class Saving:
             heads=config.heads,
             layout=layout_of(config, self.mesh),
             trainer={"data": self.data, "loss_scale": engine.loss_scale.state(), "watch": self.watch.state()},
-            metrics=metrics,
+            metrics={name: value for name, value in metrics.items() if math.isfinite(value)},
             config=config.model_dump(),
             written_by=self.written_by,
         )

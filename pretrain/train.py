@@ -96,7 +96,9 @@ def _train(config: Config, mesh: Mesh, evaluation: Evaluation, objective: Object
                 samples = sizes.samples_of(step)
                 worst = largest(dict(zip(samples, engine.gather_rows(result, len(samples)), strict=True)))
                 writer.spike(SpikeMetrics(done, trouble, losses.loss, result.gradient_norm, samples, worst))
-                watch.require_progress(training.max_skipped_steps, done)
+                if watch.gives_up(training.max_skipped_steps):
+                    saving.finish()
+                    raise ValueError(watch.last_words(done))
             metrics = {"loss": losses.loss}
             if evaluation.due(done):
                 metrics["validation_loss"] = evaluation(engine, writer, done)

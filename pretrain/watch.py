@@ -46,14 +46,17 @@ class Watch:
         self.skipped, self.skipped_in_a_row = int(state["skipped"]), int(state["skipped_in_a_row"])
         self.norms.extend(state["norms"])
 
-    def require_progress(self, limit: int, step: int) -> None:
-        """ValueError where ``limit`` steps in a row were skipped, the last of them ``step``."""
-        if self.skipped_in_a_row >= limit:
-            raise ValueError(
-                f"step {step} is number {self.skipped_in_a_row} in a row whose loss or gradient is not finite "
-                "(training.max_skipped_steps): nothing was saved since the last checkpoint; look at spikes.jsonl, "
-                "lower optimizer.lr, lengthen schedule.warmup_steps, or use bfloat16 or float32"
-            )
+    def gives_up(self, limit: int) -> bool:
+        """Whether ``limit`` steps in a row were skipped."""
+        return self.skipped_in_a_row >= limit
+
+    def last_words(self, step: int) -> str:
+        """Why a run ends after ``step``, the last of so many that were skipped."""
+        return (
+            f"step {step} is number {self.skipped_in_a_row} in a row whose loss or gradient is not finite "
+            "(training.max_skipped_steps): nothing was saved since the last checkpoint; look at spikes.jsonl, "
+            "lower optimizer.lr, lengthen schedule.warmup_steps, or use bfloat16 or float32"
+        )
 
 
 def largest(losses: dict[int, float], count: int = 8) -> dict[int, float]:

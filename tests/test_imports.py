@@ -24,6 +24,7 @@ THIRD_PARTY = {
         "pydantic",
         "yaml",
         "safetensors",
+        "xxhash",
         "tokenizers",
         "datasets",
         "pyarrow",
@@ -42,8 +43,8 @@ FOR_MODELS = (
 )  # fmt: skip
 
 
-# A program that uses the package from outside, as its reader would.
-PROGRAMS = {"farspan.launch.quickstart"}
+# Programs: one uses the package from outside, as its reader would; one is run by an interpreter that has TensorFlow.
+PROGRAMS = {"farspan.launch.quickstart", "farspan.pretrain.conversion.tensorflow_reader"}
 
 
 def modules() -> dict[str, str]:
