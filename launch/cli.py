@@ -248,7 +248,7 @@ def _start_ranks(config: Config, ranks: int, args: argparse.Namespace) -> int:
 
 
 def _to_hf(args: argparse.Namespace) -> None:
-    from ..pretrain.huggingface import to_huggingface
+    from ..pretrain.conversion.to_huggingface import to_huggingface
 
     note = to_huggingface(args.checkpoint, args.out, dtype=args.dtype, stock=args.stock)
     print(f"wrote {args.out}")
@@ -257,7 +257,7 @@ def _to_hf(args: argparse.Namespace) -> None:
 
 
 def _from_hf(args: argparse.Namespace) -> None:
-    from ..pretrain.huggingface import from_huggingface
+    from ..pretrain.conversion.from_huggingface import from_huggingface
 
     note = from_huggingface(args.folder, args.out)
     print(f"wrote {args.out}")

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from ..parallel.sharding import logical_of
 from . import checkpoint as ckpt
 from .batch import Batch
+from .conversion.huggingface_folder import HuggingFaceFolder
 from .conversion.imported import build
+from .conversion.model import model_of
+from .conversion.renaming import rename
 from .generate import generate
-from .huggingface import HuggingFaceFolder, model_of, rename
 from .models.base import Cache, Encoder, LanguageModel
 from .models.config import ModelConfig
 

@@ -23,8 +23,8 @@ from farspan.pretrain import checkpoint as ckpt
 from farspan.pretrain.approximation.captured import TrainedModel
 from farspan.pretrain.approximation.methods import AUTHORS, Method, fixed_share, methods, relative_errors
 from farspan.pretrain.approximation.synthetic import synthetic_qkv
+from farspan.pretrain.conversion.to_huggingface import to_huggingface
 from farspan.pretrain.data.tokenizer import train_tokenizer
-from farspan.pretrain.huggingface import to_huggingface
 
 TEXT = "the cat sat on the mat, and the dog lay beside it while rain fell on the roof. " * 40
 POSITIONS = 96

@@ -13,7 +13,8 @@ from torch import Tensor
 import farspan
 from farspan.parallel.mesh import Mesh
 from farspan.pretrain import checkpoint as ckpt
-from farspan.pretrain.huggingface import from_huggingface, model_of
+from farspan.pretrain.conversion.from_huggingface import from_huggingface
+from farspan.pretrain.conversion.model import model_of
 from farspan.pretrain.load import LoadedModel
 
 GOLDEN = Path(__file__).parent / "golden" / "megatron-bert-pretraining"

@@ -31,7 +31,8 @@ from strangers import Largest
 from torch import Tensor
 
 import farspan
-from farspan.pretrain.huggingface import from_huggingface, to_huggingface
+from farspan.pretrain.conversion.from_huggingface import from_huggingface
+from farspan.pretrain.conversion.to_huggingface import to_huggingface
 
 pytestmark = pytest.mark.usefixtures("remote_code")
 both = pytest.mark.parametrize("architecture", ARCHITECTURES)

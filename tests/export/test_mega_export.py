@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 import farspan
 from farspan.launch.cli import main
-from farspan.pretrain.huggingface import from_huggingface, to_huggingface
+from farspan.pretrain.conversion.from_huggingface import from_huggingface
+from farspan.pretrain.conversion.to_huggingface import to_huggingface
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FILES = {"configuration_mega.py", "layers_mega.py", "modeling_mega.py"}

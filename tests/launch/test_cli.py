@@ -345,12 +345,18 @@ def test_an_interrupt_is_exit_code_130(calls: list[Any], capsys: pytest.CaptureF
 
 
 def test_convert(stub: Callable[[str, str], types.ModuleType], capsys: pytest.CaptureFixture[str]) -> None:
-    module = stub(
-        "farspan.pretrain.huggingface",
+    there = stub(
+        "farspan.pretrain.conversion.to_huggingface",
         """
 calls = []
 def to_huggingface(checkpoint, out, dtype=None, *, stock):
     calls.append((checkpoint, out, dtype, stock))
+""",
+    )
+    back = stub(
+        "farspan.pretrain.conversion.from_huggingface",
+        """
+calls = []
 def from_huggingface(folder, out):
     calls.append((folder, out))
 """,
@@ -359,10 +365,10 @@ def from_huggingface(folder, out):
     assert main(["convert", "to-hf", "runs/a", "out", "--dtype", "bfloat16"]) == 0
     assert main(["convert", "to-hf", "runs/a", "out", "--stock"]) == 0
     assert main(["convert", "from-hf", "folder", "out"]) == 0
-    assert module.calls == [
+    assert there.calls == [
         ("runs/a", "out", None, False), ("runs/a", "out", "bfloat16", False), ("runs/a", "out", None, True),
-        ("folder", "out"),
     ]  # fmt: skip
+    assert back.calls == [("folder", "out")]
     assert capsys.readouterr().out == "wrote out\n" * 4
 
 

@@ -22,7 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import farspan
 from farspan.parallel.mesh import Mesh
 from farspan.pretrain.config_file import parse_config
-from farspan.pretrain.huggingface import from_huggingface, to_huggingface
+from farspan.pretrain.conversion.from_huggingface import from_huggingface
+from farspan.pretrain.conversion.to_huggingface import to_huggingface
 from farspan.pretrain.models import ARCHITECTURES
 
 EXAMPLE = Path(__file__).parents[2] / "docs/examples/fnet.py"

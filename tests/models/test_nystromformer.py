@@ -15,7 +15,8 @@ from models import Description
 import farspan.pretrain.models.nystromformer
 from farspan import load
 from farspan.launch.cli import main
-from farspan.pretrain.huggingface import from_huggingface, to_huggingface
+from farspan.pretrain.conversion.from_huggingface import from_huggingface
+from farspan.pretrain.conversion.to_huggingface import to_huggingface
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 LANDMARKS = {"num_landmarks": 4, "segment_means_seq_len": 16, "conv_kernel_size": 5}

@@ -31,7 +31,7 @@ from farspan.parallel.mesh import Mesh
 from farspan.parallel.sharding import initialize, logical_of
 from farspan.pretrain import checkpoint as ckpt
 from farspan.pretrain.batch import Batch, microbatches
-from farspan.pretrain.huggingface import to_huggingface
+from farspan.pretrain.conversion.to_huggingface import to_huggingface
 from farspan.pretrain.losses import LossFunction
 from farspan.pretrain.models.base import LanguageModel, Stage
 from farspan.pretrain.models.config import ModelConfig

@@ -14,7 +14,7 @@ from reference_suite import ReferenceSuite
 
 from farspan.parallel.mesh import Mesh
 from farspan.pretrain import checkpoint as ckpt
-from farspan.pretrain.huggingface import to_huggingface
+from farspan.pretrain.conversion.to_huggingface import to_huggingface
 from farspan.pretrain.load import LoadedModel
 
 # Fields of an export that a stock folder lacks, or has another value of.

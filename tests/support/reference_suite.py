@@ -19,7 +19,9 @@ from torch import Tensor
 from farspan import load
 from farspan.parallel.mesh import Mesh
 from farspan.pretrain import checkpoint as ckpt
-from farspan.pretrain.huggingface import from_huggingface, model_of, to_huggingface
+from farspan.pretrain.conversion.from_huggingface import from_huggingface
+from farspan.pretrain.conversion.model import model_of
+from farspan.pretrain.conversion.to_huggingface import to_huggingface
 from farspan.pretrain.models.base import Stage
 
 GOLDEN = Path(__file__).parents[1] / "golden"

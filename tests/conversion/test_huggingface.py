@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pickle
@@ -17,10 +18,13 @@ from torch import Tensor
 
 from farspan import load
 from farspan.pretrain import checkpoint as ckpt
-from farspan.pretrain import huggingface
-from farspan.pretrain.huggingface import HuggingFaceFolder, from_huggingface, to_huggingface
+from farspan.pretrain.conversion import to_huggingface as export
+from farspan.pretrain.conversion.from_huggingface import from_huggingface
+from farspan.pretrain.conversion.huggingface_folder import HuggingFaceFolder
+from farspan.pretrain.conversion.imported import TOKENIZER_FILES
+from farspan.pretrain.conversion.to_huggingface import to_huggingface
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 WORDS = "roberta_prelayernorm.embeddings.word_embeddings.weight"
 NORM = "roberta_prelayernorm.LayerNorm.weight"
 
@@ -72,14 +76,12 @@ def test_fields_that_nothing_here_reads_are_carried(source: Path) -> None:
 
 
 def test_tokenizer_files_are_carried(source: Path) -> None:
-    for name in huggingface.TOKENIZER_FILES:
+    for name in TOKENIZER_FILES:
         (source / name).write_text(f"this is {name}")
     (source / "training_args.bin").write_text("not a tokenizer's")
     out = there_and_back(source)
-    assert sorted(p.name for p in out.iterdir()) == sorted(
-        ("config.json", "model.safetensors", *huggingface.TOKENIZER_FILES)
-    )
-    for name in huggingface.TOKENIZER_FILES:
+    assert sorted(p.name for p in out.iterdir()) == sorted(("config.json", "model.safetensors", *TOKENIZER_FILES))
+    for name in TOKENIZER_FILES:
         assert (out / name).read_text() == f"this is {name}"
 
 
@@ -286,12 +288,12 @@ def test_a_failure_leaves_nothing(source: Path, tmp_path: Path, monkeypatch: pyt
         raise OSError(28, "No space left on device")
 
     for name, action in (
-        ("_copy_tokenizer", lambda: to_huggingface(tmp_path / "checkpoint", tmp_path / "out")),
+        ("copy_tokenizer", lambda: to_huggingface(tmp_path / "checkpoint", tmp_path / "out")),
         ("ckpt.write_tensors", lambda: to_huggingface(tmp_path / "checkpoint", tmp_path / "out")),
         ("sync", lambda: to_huggingface(tmp_path / "checkpoint", tmp_path / "out")),
     ):
         with monkeypatch.context() as patched:
-            patched.setattr(f"{huggingface.__name__}.{name}", full)
+            patched.setattr(f"{export.__name__}.{name}", full)
             with pytest.raises(OSError, match="No space left"):
                 action()
         assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint", "source"]
@@ -301,23 +303,20 @@ def test_a_failure_leaves_nothing(source: Path, tmp_path: Path, monkeypatch: pyt
 def test_a_model_trained_here_gets_the_class_that_fits(tmp_path: Path, source: Path) -> None:
     """Without a folder that it came from, the export's config.json is made from the configuration alone."""
     from_huggingface(source, tmp_path / "checkpoint")
-    path = tmp_path / "checkpoint" / "manifest.json"
-    manifest = json.loads(path.read_text())
-    path.write_text(json.dumps({**manifest, "huggingface": {}}))
+    manifest = ckpt.Manifest.read(tmp_path / "checkpoint")
+    dataclasses.replace(manifest, huggingface={}).write(tmp_path / "checkpoint")
     to_huggingface(tmp_path / "checkpoint", tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["architectures"] == ["RobertaPreLayerNormForMaskedLM"]
     assert config["model_type"] == "roberta-prelayernorm"
-    assert {key: config[key] for key in manifest["model"] if manifest["model"][key] is not None} == {
-        key: value for key, value in manifest["model"].items() if value is not None
-    }
+    said = {key: value for key, value in manifest.model.items() if value is not None}
+    assert {key: config[key] for key in said} == said
 
 
 def test_an_export_that_transformers_5_reads_wrongly_says_so(tmp_path: Path) -> None:
-    golden = Path(__file__).parent / "golden"
     notes = {"megatron-bert-mlm-relative-key": "load it in transformers 4", "megatron-bert-clm": None}
     for case, note in notes.items():
-        from_huggingface(golden / case, tmp_path / f"{case}-checkpoint")
+        from_huggingface(GOLDEN / case, tmp_path / f"{case}-checkpoint")
         said = to_huggingface(tmp_path / f"{case}-checkpoint", tmp_path / case)
         assert said is None if note is None else note in str(said)
 
