@@ -38,15 +38,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from ..files import read_mapping, write_json
-from ..huggingface import logical_tensors, rename
 from ..models.huggingface_keys import HuggingFaceKeys, sources, tensor_names
 from ..models.megatron_bert import MegatronBert, MegatronBertConfig
-from ..validation import one_line
 from .imported import TOKENIZER_FILES, Imported, logical_shapes
+from .model import parse_config
+from .renaming import logical_tensors, rename
 
 # What an optimizer keeps: BERT's own, and that of TensorFlow.  A variable is one if a part of its name is.
 _OPTIMIZER = {
@@ -162,10 +161,8 @@ def read_config(file: Path, vocabulary: Sequence[str] = (), hidden_act: str | No
     if hidden_act is not None:
         fields["hidden_act"] = hidden_act
     known = {name: fields[name] for name in MegatronBertConfig.model_fields if name in fields}
-    try:
-        config = MegatronBertConfig.model_validate(known | {"model_type": MegatronBert.name})
-    except ValidationError as error:
-        raise ValueError(f"{file}: {one_line(error)}") from None
+    config = parse_config(MegatronBert, known | {"model_type": MegatronBert.name}, file)
+    assert isinstance(config, MegatronBertConfig)
     if len(vocabulary) > config.vocab_size:
         raise ValueError(
             f"{file} has a vocab_size of {config.vocab_size}, the vocab.txt of the checkpoint {len(vocabulary)} "

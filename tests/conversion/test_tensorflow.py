@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 import farspan
 from farspan.pretrain.conversion import tensorflow as tf
 from farspan.pretrain.conversion.imported import Imported, write_imported
+from farspan.pretrain.conversion.renaming import rename
 from farspan.pretrain.conversion.tensorflow import (
     Variable,
     find_prefix,
@@ -28,7 +29,6 @@ from farspan.pretrain.conversion.tensorflow import (
     read_model,
     variable_name,
 )
-from farspan.pretrain.huggingface import rename
 from farspan.pretrain.models.huggingface_keys import tensor_names
 
 GOLDEN = Path(__file__).parents[1] / "golden"
