@@ -127,23 +127,12 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
     )
     train.set_defaults(run=_train, parser=train)
 
-    convert = commands.add_parser("convert", help="convert checkpoints to and from Hugging Face folders")
+    convert = commands.add_parser("convert", help="convert checkpoints and models from elsewhere")
     convert.set_defaults(parser=convert)
-    directions = convert.add_subparsers(title="directions", metavar="DIRECTION", required=True)
-    to_hf = directions.add_parser("to-hf", help="checkpoint -> Hugging Face folder")
-    to_hf.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint folder, or a run folder (its latest)")
-    to_hf.add_argument("out", metavar="OUT", help="new folder for config.json, weights and tokenizer")
-    to_hf.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as saved)")
-    to_hf.add_argument(
-        "--stock",
-        action="store_true",
-        help="for transformers' own classes: no modelling files; refused where these would compute something else",
-    )
-    to_hf.set_defaults(run=_to_hf, parser=to_hf)
-    from_hf = directions.add_parser("from-hf", help="Hugging Face folder -> checkpoint")
-    from_hf.add_argument("folder", metavar="FOLDER", help="folder with config.json and safetensors")
-    from_hf.add_argument("out", metavar="OUT", help="new checkpoint folder")
-    from_hf.set_defaults(run=_from_hf, parser=from_hf)
+    if command == "convert":
+        from .convert import add_arguments as add_convert_arguments
+
+        add_convert_arguments(convert)
 
     bench = commands.add_parser("bench", help="measure")
     bench.set_defaults(parser=bench)
@@ -245,24 +234,6 @@ def _start_ranks(config: Config, ranks: int, args: argparse.Namespace) -> int:
     if args.stop_after is not None:
         options += ["--stop-after", str(args.stop_after)]
     return run_ranks(["train", args.config, *args.overrides, *options], ranks)
-
-
-def _to_hf(args: argparse.Namespace) -> None:
-    from ..pretrain.conversion.to_huggingface import to_huggingface
-
-    note = to_huggingface(args.checkpoint, args.out, dtype=args.dtype, stock=args.stock)
-    print(f"wrote {args.out}")
-    if note:
-        _say(f"note: {note}")
-
-
-def _from_hf(args: argparse.Namespace) -> None:
-    from ..pretrain.conversion.from_huggingface import from_huggingface
-
-    note = from_huggingface(args.folder, args.out)
-    print(f"wrote {args.out}")
-    if note:
-        _say(f"note: {note}")
 
 
 def _approximation(args: argparse.Namespace) -> None:
