@@ -344,34 +344,6 @@ def test_an_interrupt_is_exit_code_130(calls: list[Any], capsys: pytest.CaptureF
     assert capsys.readouterr().err == "farspan: interrupted\n"
 
 
-def test_convert(stub: Callable[[str, str], types.ModuleType], capsys: pytest.CaptureFixture[str]) -> None:
-    there = stub(
-        "farspan.pretrain.conversion.to_huggingface",
-        """
-calls = []
-def to_huggingface(checkpoint, out, dtype=None, *, stock):
-    calls.append((checkpoint, out, dtype, stock))
-""",
-    )
-    back = stub(
-        "farspan.pretrain.conversion.from_huggingface",
-        """
-calls = []
-def from_huggingface(folder, out):
-    calls.append((folder, out))
-""",
-    )
-    assert main(["convert", "to-hf", "runs/a", "out"]) == 0
-    assert main(["convert", "to-hf", "runs/a", "out", "--dtype", "bfloat16"]) == 0
-    assert main(["convert", "to-hf", "runs/a", "out", "--stock"]) == 0
-    assert main(["convert", "from-hf", "folder", "out"]) == 0
-    assert there.calls == [
-        ("runs/a", "out", None, False), ("runs/a", "out", "bfloat16", False), ("runs/a", "out", None, True),
-    ]  # fmt: skip
-    assert back.calls == [("folder", "out")]
-    assert capsys.readouterr().out == "wrote out\n" * 4
-
-
 def test_prepare_brings_its_own_options(stub: Callable[[str, str], types.ModuleType]) -> None:
     stub(
         "farspan.pretrain.data.prepare",
