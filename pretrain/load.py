@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..parallel.sharding import logical_of
 from . import checkpoint as ckpt
 from .batch import Batch
-from .conversion.huggingface_folder import HuggingFaceFolder
+from .conversion.from_huggingface import read_model
 from .conversion.imported import build
 from .conversion.model import model_of
 from .conversion.renaming import rename
@@ -152,14 +152,13 @@ def load(path: str | Path, *, device: torch.device | str = "cpu") -> LoadedModel
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder: give a checkpoint, a run or a Hugging Face model folder")
     if (folder / "config.json").is_file():
-        source = HuggingFaceFolder(folder)
-        cls, config, heads = source.model()
-        if note := cls.import_note(source.config):
-            warnings.warn(f"{folder}: {note}", stacklevel=2)
-        tensors, network = source.logical_tensors(cls, config, heads), build(cls, config, heads)
+        model = read_model(folder)
+        if model.note:
+            warnings.warn(f"{folder}: {model.note}", stacklevel=2)
+        network = build(model.cls, model.config, model.heads)
         with torch.no_grad():
             for name, parameter in network.named_parameters():
-                parameter.copy_(logical_of(parameter).slice(tensors[name], network.mesh.tensor, parameter.shape))
+                parameter.copy_(logical_of(parameter).slice(model.read(name), network.mesh.tensor, parameter.shape))
     else:
         reader = ckpt.Reader(ckpt.find(folder))
         network = build(*model_of(reader.manifest, reader.folder))

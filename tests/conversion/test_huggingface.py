@@ -80,7 +80,9 @@ def test_tokenizer_files_are_carried(source: Path) -> None:
         (source / name).write_text(f"this is {name}")
     (source / "training_args.bin").write_text("not a tokenizer's")
     out = there_and_back(source)
-    assert sorted(p.name for p in out.iterdir()) == sorted(("config.json", "model.safetensors", *TOKENIZER_FILES))
+    assert sorted(p.name for p in out.iterdir()) == sorted(
+        ("config.json", "model.safetensors", "README.md", *TOKENIZER_FILES)
+    )
     for name in TOKENIZER_FILES:
         assert (out / name).read_text() == f"this is {name}"
 
@@ -289,8 +291,8 @@ def test_a_failure_leaves_nothing(source: Path, tmp_path: Path, monkeypatch: pyt
 
     for name, action in (
         ("copy_tokenizer", lambda: to_huggingface(tmp_path / "checkpoint", tmp_path / "out")),
-        ("ckpt.write_tensors", lambda: to_huggingface(tmp_path / "checkpoint", tmp_path / "out")),
-        ("sync", lambda: to_huggingface(tmp_path / "checkpoint", tmp_path / "out")),
+        ("ckpt.write_stream", lambda: to_huggingface(tmp_path / "checkpoint", tmp_path / "out")),
+        ("write_text", lambda: to_huggingface(tmp_path / "checkpoint", tmp_path / "out")),
     ):
         with monkeypatch.context() as patched:
             patched.setattr(f"{export.__name__}.{name}", full)

@@ -230,6 +230,7 @@ def test_a_converted_model_computes_what_farspan_does(name: str, config: dict[st
         *code_files(architecture),
         "config.json",
         "model.safetensors",
+        "README.md",
     }
     written = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert written["model_type"] == f"farspan_{architecture}" and written["auto_map"] == auto_map(architecture)

@@ -45,7 +45,11 @@ def test_an_export_brings_its_code(checkpoint: Any, tmp_path: Path, capsys: pyte
     assert main(["convert", "to-hf", str(checkpoint("mega-mlm")), str(tmp_path / "hf")]) == 0
     said = capsys.readouterr().err
     assert said.startswith("farspan: note: load it with from_pretrained(folder, trust_remote_code=True): its modelling")
-    assert {path.name for path in (tmp_path / "hf").iterdir()} == FILES | {"config.json", "model.safetensors"}
+    assert {path.name for path in (tmp_path / "hf").iterdir()} == FILES | {
+        "config.json",
+        "model.safetensors",
+        "README.md",
+    }
     auto = config_of(tmp_path / "hf")["auto_map"]
     assert config_of(tmp_path / "hf")["model_type"] == "mega"  # the stock classes compute the same
     for target in auto.values():
@@ -59,7 +63,7 @@ def test_a_stock_export_brings_none(checkpoint: Any, tmp_path: Path, capsys: pyt
     said = capsys.readouterr().err
     assert "the stock classes of transformers 4.37 take rows of a multiple of chunk_size 16 tokens only" in said
     assert "divide laplace scores by 1 in generate() unless use_cache is false" in said
-    assert {path.name for path in (tmp_path / "hf").iterdir()} == {"config.json", "model.safetensors"}
+    assert {path.name for path in (tmp_path / "hf").iterdir()} == {"config.json", "model.safetensors", "README.md"}
     assert config_of(tmp_path / "hf") == config_of(GOLDEN / "mega-clm-laplace-chunked")
     # Our own code does not stay in a stock export of what was imported with it.
     to_huggingface(made, tmp_path / "own")
