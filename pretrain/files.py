@@ -24,6 +24,8 @@ _REMEDIES = {
     errno.EISDIR: "a folder stands where a file is needed, move it away or give another path",
 }
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 def explain(error: OSError) -> str:
     """An error of the system in one line: which file, what is wrong, and what to do where that is known."""

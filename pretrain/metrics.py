@@ -6,7 +6,6 @@ and the checkpoint ``step-k`` contains it.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -17,7 +16,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from .files import sync
+from .appended import Appended
+from .files import DISK_FULL, sync
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,16 +110,6 @@ def _complete_lines(lines: Iterable[bytes]) -> Iterator[tuple[bytes, dict[str, A
             yield line, values
 
 
-@contextlib.contextmanager
-def _naming(file: TextIO) -> Iterator[None]:
-    """An error of the system inside names the file: a write that fails does not."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or file.name
-        raise
-
-
 def _drop_after(path: Path, step: int) -> None:
     """Keep the complete lines up to ``step``: an earlier process may have gone past the checkpoint and been killed."""
     if not path.exists():
@@ -142,6 +132,8 @@ class MetricsWriter:
     of updates in the checkpoint that the run continues (0: none): whatever an earlier process wrote past it is
     dropped from metrics.jsonl and purged in TensorBoard, so that each step appears once.
 
+    A disk that takes nothing is said, and what was to be written waits for it; only ``sync`` and ``close`` raise.
+
     On a terminal the console shows a progress bar, elsewhere a plain line every ``console_interval`` steps.
     ``config_text`` is the resolved configuration, shown in TensorBoard as text.
     """
@@ -160,25 +152,28 @@ class MetricsWriter:
     ) -> None:
         if console_interval < 1:
             raise ValueError(f"the console interval must be at least 1 step, not {console_interval}")
-        self._is_writer = is_writer
+        self._is_writer, self._files = is_writer, ()  # type: bool, tuple[Appended, ...]
         if not is_writer:
             return
         run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
-        path, self._spikes = run_dir / "metrics.jsonl", run_dir / "spikes.jsonl"
-        for written in (path, self._spikes):
-            _drop_after(written, resumed_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._lines, self._spikes = Appended(run_dir / "metrics.jsonl"), Appended(run_dir / "spikes.jsonl")
+        for file in (self._lines, self._spikes):
+            _drop_after(file.path, resumed_step)
+        self._lines.flush()  # it is there, and can be written
         self._last_step = resumed_step
         self._console = _Console(stream or sys.stdout, total_steps, resumed_step, console_interval)
         self._tensorboard: Any = None
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+            from .event_file import EventFile  # here: it takes a while
 
-            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_step + 1)
+            self._tensorboard = EventFile(run_dir / "tensorboard", purge_step=resumed_step + 1)
             if config_text is not None:
                 # Markdown shows text that is indented by four spaces as it stands.
-                self._tensorboard.add_text("config", "    " + config_text.replace("\n", "\n    "), resumed_step)
+                words = "    " + config_text.replace("\n", "\n    ")
+                self._warn(self._tensorboard.text(resumed_step, "config", words))
+        others = () if self._tensorboard is None else (self._tensorboard,)
+        self._files = (self._lines, self._spikes, *others)
 
     def train(self, metrics: StepMetrics) -> None:
         """Report one update.  Steps come in order, each once."""
@@ -206,11 +201,7 @@ class MetricsWriter:
         values |= {"first_sample": metrics.samples.start, "samples": len(metrics.samples)}
         # As text, because JSON has no word for nan.
         values["worst_samples"] = [{"sample": sample, "loss": str(loss)} for sample, loss in metrics.worst.items()]
-        # Rare: not worth a file that is open all the time.
-        with self._spikes.open("a", encoding="utf-8") as file, _naming(file):
-            file.write(json_line(values))
-            file.flush()
-            os.fsync(file.fileno())
+        self._warn(self._spikes.append(json_line(values).encode()))
         worst = ", ".join(f"{sample} ({loss:.2f})" for sample, loss in list(metrics.worst.items())[:3])
         self._console.message(f"step {metrics.step}: {metrics.reason}; samples with the largest loss: {worst}")
 
@@ -247,39 +238,43 @@ class MetricsWriter:
             self._console.message(text)
 
     def sync(self) -> None:
-        """Bring all that was written to the disk: call it before a checkpoint that counts on it."""
-        if not self._is_writer:
-            return
-        with _naming(self._file):
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        if self._tensorboard is not None:
-            self._tensorboard.flush()
+        """Bring all that was reported to the disk: call it before a checkpoint that counts on it.  OSError where that
+        fails."""
+        for file in self._files:
+            file.sync()
 
     def close(self) -> None:
-        if not self._is_writer or self._file.closed:
+        """``sync``, and nothing is reported any more."""
+        if not self._is_writer:
             return
-        self.sync()
-        self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        self._console.close()
+        try:
+            self.sync()
+        finally:
+            for file in self._files:
+                file.close()
+            self._files = ()
+            self._console.close()
 
     def __enter__(self) -> MetricsWriter:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.close()
+        except OSError:
+            if kind is None:  # what ends the run says more than that its last lines could not be written
+                raise
 
     def _write(self, values: Mapping[str, Any]) -> None:
-        with _naming(self._file):
-            self._file.write(json_line(values))
-            self._file.flush()  # a killed process loses nothing
+        self._warn(self._lines.append(json_line(values).encode()))
 
     def _scalars(self, step: int, group: str, values: Mapping[str, float]) -> None:
         if self._tensorboard is not None:
-            for name, value in values.items():
-                self._tensorboard.add_scalar(f"{group}/{name}", value, step)
+            self._warn(self._tensorboard.scalars(step, {f"{group}/{name}": value for name, value in values.items()}))
+
+    def _warn(self, problem: str | None) -> None:
+        if problem is not None:
+            self.message(f"{problem}: what is reported there waits, training goes on")
 
 
 class _Console:
@@ -312,8 +307,12 @@ class _Console:
     def message(self, text: str) -> None:
         if self._bar is not None:
             self._bar.write(text, file=self._stream)
-        else:
+            return
+        try:
             print(text, file=self._stream, flush=True)
+        except OSError as error:
+            if error.errno not in DISK_FULL:  # a log may lie on the disk that is full: it does not end the run
+                raise
 
     def close(self) -> None:
         if self._bar is not None:

@@ -25,6 +25,7 @@ THIRD_PARTY = {
         "yaml",
         "safetensors",
         "xxhash",
+        "tensorboard",
         "tokenizers",
         "datasets",
         "pyarrow",
