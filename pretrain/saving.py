@@ -38,7 +38,6 @@ class Saving:
 
     def save(self, done: int, metrics: dict[str, float]) -> None:
         """Begin to save the state after ``done`` updates; ``metrics``: the losses at that step."""
-        self.writer.sync()
         config, engine = self.config, self.engine
         manifest = ckpt.Manifest(
             step=done,
@@ -51,7 +50,10 @@ class Saving:
             written_by=self.written_by,
         )
         tokenizer = tokenizer_folder(config)
-        for saved in self.saver.save(manifest, engine.pieces(), engine.optimizer_steps(), tokenizer):
+        # A resume counts on the metrics up to the checkpoint.
+        for saved in self.saver.save(
+            manifest, engine.pieces(), engine.optimizer_steps(), tokenizer, before=self.writer.sync
+        ):
             self._report(saved)
 
     def poll(self) -> None:

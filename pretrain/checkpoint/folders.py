@@ -107,8 +107,9 @@ def validation_loss(folder: Path) -> float | None:
 
 
 def fresh_folder(folder: Path) -> None:
-    """An empty folder, in the place of what an earlier process has left there."""
-    remove(folder)
+    """An empty folder.  What interrupted saves have left goes, of this step or others: it may fill the disk."""
+    for leftover in folder.parent.glob(".step-*.tmp"):
+        remove(leftover)
     folder.mkdir(parents=True)
 
 

@@ -4,6 +4,7 @@
     step              updates that are in it
     model, heads      the model section of the configuration; which heads it has
     files             name → {bytes, checksums}: of every ``BLOCK`` bytes, XXH3 of 64 bits in hexadecimal, end to end
+    tokenizer         as ``files``, of those in the folder tokenizer
     tensors           logical name → {shape, step, dtypes: {kind: dtype}, shards: {kind: [[file, dim, start, stop,
                       begin, end], …]}}: the file, by its number in ``files``, has values begin to end of the slice
                       start to stop of dimension dim, flattened.  Kinds are "weight", "master" (float32, where weights
@@ -34,6 +35,7 @@ from .tensor_file import checksum
 
 FORMAT, VERSION = "farspan-checkpoint", 2
 MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer"  # the folder
 _REMEDY = "take another checkpoint"
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -68,6 +70,7 @@ class Manifest:
     heads: tuple[str, ...]
     tensors: Mapping[str, Entry] = dataclasses.field(default_factory=dict)
     files: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    tokenizer: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     layout: dict[str, int] = dataclasses.field(default_factory=dict)
     trainer: dict[str, Any] = dataclasses.field(default_factory=dict)
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -77,7 +80,7 @@ class Manifest:
 
     @property
     def bytes(self) -> int:
-        """Of all its files."""
+        """Of all its tensors' files."""
         return sum(int(about["bytes"]) for about in self.files.values())
 
     def write(self, folder: Path) -> None:
@@ -92,7 +95,7 @@ class Manifest:
         for name in ("model", "layout", "trainer", "metrics", "huggingface", "config", "written_by"):
             values[name] = getattr(self, name)
         lines = [f"{json.dumps(name)}: {json.dumps(value, indent=1)}" for name, value in values.items()]
-        for name, table in (("files", self.files), ("tensors", tensors)):
+        for name, table in (("files", self.files), ("tokenizer", self.tokenizer), ("tensors", tensors)):
             inner = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in table.items())
             lines.append(f"{json.dumps(name)}: {{\n{inner}\n}}")
         body = ",\n".join(lines)
@@ -178,11 +181,22 @@ def _parse(value: dict[str, Any], path: Path) -> Manifest:
     for name, kind in (("step", int), ("heads", list)):
         if not isinstance(value.get(name), kind):
             raise damaged(f"its {name} is {value.get(name)!r}" if name in value else f"it says nothing of {name}")
-    tables = ("model", "files", "tensors", "layout", "trainer", "metrics", "huggingface", "config", "written_by")
+    tables = (
+        "model",
+        "files",
+        "tokenizer",
+        "tensors",
+        "layout",
+        "trainer",
+        "metrics",
+        "huggingface",
+        "config",
+        "written_by",
+    )
     for name in tables:
         if not isinstance(value.get(name), dict):
             raise damaged(f"its {name} is no mapping" if name in value else f"it says nothing of {name}")
-    for name, about in value["files"].items():
+    for name, about in (*value["files"].items(), *value["tokenizer"].items()):
         if Path(name).name != name or name in (".", ".."):
             raise damaged(f"it names the file {name!r}, which does not lie in its folder")
         whole = isinstance(about, dict) and isinstance(about.get("bytes"), int) and about["bytes"] >= 0

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ...parallel.mesh import Axis
 from ...parallel.parts import Part, Runs, overlap
 from ...parallel.sharding import Logical, logical_name, logical_of
-from .manifest import MANIFEST, Entry, Manifest, Shard
-from .tensor_file import TensorFile
+from .manifest import MANIFEST, TOKENIZER, Entry, Manifest, Shard
+from .tensor_file import CheckedFile, TensorFile
 
 _PORTION = 2**24  # values that are read at once where they are copied to several places
 _LONG_RUN = 4096  # bytes from which a run is worth a read of its own
@@ -43,8 +43,10 @@ class Reader:
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
         """Compare the checksums of every ``parts``-th file, from number ``part`` on; ValueError where one differs."""
-        for name in list(self.manifest.files)[part::parts]:
-            with TensorFile(self.folder / name, self.manifest.files[name]) as file:
+        files = [(self.folder / name, about) for name, about in self.manifest.files.items()]
+        files += [(self.folder / TOKENIZER / name, about) for name, about in self.manifest.tokenizer.items()]
+        for path, about in files[part::parts]:
+            with CheckedFile(path, about) as file:
                 file.verify()
 
     @property

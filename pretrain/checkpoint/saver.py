@@ -22,12 +22,12 @@ from torch import Tensor
 
 from ...parallel.mesh import Mesh
 from ...parallel.parts import Piece
-from ..files import explain, sync
+from ..files import explain
 from . import folders
 from .folders import Retention
-from .manifest import Entry, Manifest, Shard, merge_entries
+from .manifest import TOKENIZER, Entry, Manifest, Shard, merge_entries
 from .reader import tensor_key
-from .tensor_file import write_tensors
+from .tensor_file import copy_checked, write_tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,18 +101,30 @@ class Saver:
         self._host: dict[str, Tensor] = {}
 
     def save(
-        self, manifest: Manifest, pieces: Sequence[Piece], steps: dict[str, float], tokenizer: Path | None = None
+        self,
+        manifest: Manifest,
+        pieces: Sequence[Piece],
+        steps: dict[str, float],
+        tokenizer: Path | None = None,
+        before: Callable[[], None] | None = None,
     ) -> list[Saved]:
         """Begin to save what this rank holds; collective.  A save that is still under way is waited for.
 
         ``manifest``: without tensors and files.  ``pieces``: that this rank writes.  ``steps``: how often each tensor
-        was updated.  Returns how saves have ended meanwhile: the one before, and without ``asynchronous`` this one.
+        was updated.  ``before``: what the writer brings to the disk first; an OSError there is one of the save.
+        Returns how saves have ended meanwhile: the one before, and without ``asynchronous`` this one.
         """
-        began = time.perf_counter()
         ended = [saved] if (saved := self.finish()) is not None else []
+        began = time.perf_counter()  # the time until then is the earlier save's
         final = folders.step_folder(self.root, manifest.step)
         beside = folders.folder_beside(final)
-        work = _Work((lambda: folders.fresh_folder(beside)) if self.mesh.is_writer else _nothing)
+
+        def prepare() -> None:
+            if before is not None:
+                before()
+            folders.fresh_folder(beside)
+
+        work = _Work(prepare if self.mesh.is_writer else _nothing)
         work.join()
         problem = self.mesh.first_problem(work.outcome())
         if problem is not None:
@@ -179,11 +191,10 @@ class Saver:
         files = {name: about for of_rank, _ in written for name, about in of_rank.items()}
         tensors = merge_entries(of_rank for _, of_rank in written)
         manifest = dataclasses.replace(pending.manifest, files=files, tensors=tensors)
-        pending.bytes = manifest.bytes
         if pending.tokenizer is not None:
-            shutil.copytree(pending.tokenizer, pending.beside / "tokenizer")
-            for file in (pending.beside / "tokenizer").iterdir():
-                sync(file)
+            copied = copy_checked(pending.tokenizer, pending.beside / TOKENIZER)
+            manifest = dataclasses.replace(manifest, tokenizer=copied)
+        pending.bytes = manifest.bytes
         manifest.write(pending.beside)
         folders.publish(pending.beside, pending.final)
         try:

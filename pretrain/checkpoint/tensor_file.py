@@ -13,12 +13,14 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 
 import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from ..files import sync
 
 BLOCK = 2**20  # bytes under one checksum
 _DIGITS = 16  # of a checksum: XXH3, 64 bits, in hexadecimal
@@ -55,6 +57,21 @@ def values_of(tensor: Tensor) -> memoryview:
 
 class _Checked:
     """A file being written, and the checksums of its blocks so far."""
+
+    @staticmethod
+    @contextlib.contextmanager
+    def open(path: Path) -> Iterator[_Checked]:
+        """A new file, flushed to the disk when the block ends."""
+        with _naming(path), path.open("wb", buffering=0) as file:
+            checked = _Checked(file)
+            yield checked
+            checked.finish()
+            os.fsync(file.fileno())
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What a manifest says of it."""
+        return {"bytes": self.size, "checksums": "".join(self.checksums)}
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.size, self.checksums = file, 0, []  # type: IO[bytes], int, list[str]
@@ -103,16 +120,13 @@ def write_stream(
         header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with _naming(path), path.open("wb", buffering=0) as file:
-        checked = _Checked(file)
+    with _Checked.open(path) as checked:
         checked.write(len(text).to_bytes(8, "little") + text)
         for name in names:
             tensor = read(name)
             assert (tensor.dtype, tuple(tensor.shape)) == shapes[name], f"{name}: {tensor.dtype} {tuple(tensor.shape)}"
             checked.write(values_of(tensor.contiguous()))
-        checked.finish()
-        os.fsync(file.fileno())
-    return {"bytes": checked.size, "checksums": "".join(checked.checksums)}
+    return checked.about
 
 
 def write_tensors(
@@ -121,6 +135,19 @@ def write_tensors(
     """``write_stream`` of tensors that are in memory."""
     shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     return write_stream(path, shapes, lambda name: tensors[name], metadata)
+
+
+def copy_checked(source: Path, target: Path) -> dict[str, dict[str, Any]]:
+    """Copy the files of a folder into a new one, flushed to the disk; what a manifest says of them.  OSError where one
+    cannot be read or written."""
+    target.mkdir()
+    copied: dict[str, dict[str, Any]] = {}
+    for file in sorted(file for file in source.iterdir() if file.is_file()):
+        with _Checked.open(target / file.name) as checked:
+            checked.write(file.read_bytes())
+        copied[file.name] = checked.about
+    sync(target)
+    return copied
 
 
 @contextlib.contextmanager
@@ -136,16 +163,12 @@ def _naming(path: Path) -> Iterator[None]:
 # Reading.
 
 
-class TensorFile:
-    """A file that ``write_stream`` wrote.
+class CheckedFile:
+    """A file of a checkpoint, to be verified.  ``about``: what the manifest says of it.  ValueError where it is damaged
+    or missing, OSError where it cannot be read."""
 
-    ``about``: what the manifest says of it.  Of a ``trusted`` one, all of which was verified a moment ago, no more than
-    the bytes that are asked for are read; of others the blocks that these lie in.  ValueError where it is damaged,
-    OSError where it cannot be read.
-    """
-
-    def __init__(self, path: Path, about: Mapping[str, Any], *, trusted: bool = False) -> None:
-        self.path, self.trusted = path, trusted
+    def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
+        self.path = path
         self.size, self._checksums = int(about["bytes"]), str(about["checksums"])
         self.bytes_read = 0
         try:
@@ -155,9 +178,8 @@ class TensorFile:
         found = os.fstat(self._file.fileno()).st_size
         if found != self.size or len(self._checksums) != -(-self.size // BLOCK) * _DIGITS:
             raise self._damage(f"it has {found} bytes, {self.size} were written")
-        self.tensors = self._header()
 
-    def __enter__(self) -> TensorFile:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -168,6 +190,41 @@ class TensorFile:
         buffer = torch.empty(16 * BLOCK, dtype=torch.uint8)
         for begin in range(0, self.size, len(buffer)):
             self._read_checked(begin, min(begin + len(buffer), self.size), buffer)
+
+    def _read_checked(self, begin: int, end: int, buffer: Tensor) -> None:
+        """Whole blocks, from byte ``begin``, into the beginning of ``buffer``."""
+        self._read_raw(begin, buffer[: end - begin])
+        content = values_of(buffer)
+        for start in range(begin, end, BLOCK):
+            number = start // BLOCK
+            block = content[start - begin : min(start + BLOCK, end) - begin]
+            if checksum(block) != self._checksums[number * _DIGITS : (number + 1) * _DIGITS]:
+                raise self._damage(f"bytes {start} to {min(start + BLOCK, end)} are not those that were written")
+
+    def _read_raw(self, begin: int, into: Tensor) -> None:
+        view = values_of(into)
+        while len(view):
+            count = os.preadv(self._file.fileno(), [view[: 2**30]], begin)
+            if count == 0:
+                raise self._damage("it has become shorter")
+            self.bytes_read += count
+            begin, view = begin + count, view[count:]
+
+    def _damage(self, reason: str) -> ValueError:
+        return ValueError(f"{self.path} is damaged ({reason}): take another checkpoint")
+
+
+class TensorFile(CheckedFile):
+    """A file that ``write_stream`` wrote.
+
+    Of a ``trusted`` one, all of which was verified a moment ago, no more than the bytes that are asked for are read; of
+    others the blocks that these lie in.
+    """
+
+    def __init__(self, path: Path, about: Mapping[str, Any], *, trusted: bool = False) -> None:
+        super().__init__(path, about)
+        self.trusted = trusted
+        self.tensors = self._header()
 
     def dtype(self, name: str) -> torch.dtype:
         return self.tensors[name][0]
@@ -229,25 +286,3 @@ class TensorFile:
         buffer = torch.empty(last - first, dtype=torch.uint8)
         self._read_checked(first, last, buffer)
         return bytes(values_of(buffer[begin - first : end - first]))
-
-    def _read_checked(self, begin: int, end: int, buffer: Tensor) -> None:
-        """Whole blocks, from byte ``begin``, into the beginning of ``buffer``."""
-        self._read_raw(begin, buffer[: end - begin])
-        content = values_of(buffer)
-        for start in range(begin, end, BLOCK):
-            number = start // BLOCK
-            block = content[start - begin : min(start + BLOCK, end) - begin]
-            if checksum(block) != self._checksums[number * _DIGITS : (number + 1) * _DIGITS]:
-                raise self._damage(f"bytes {start} to {min(start + BLOCK, end)} are not those that were written")
-
-    def _read_raw(self, begin: int, into: Tensor) -> None:
-        view = values_of(into)
-        while len(view):
-            count = os.preadv(self._file.fileno(), [view[: 2**30]], begin)
-            if count == 0:
-                raise self._damage("it has become shorter")
-            self.bytes_read += count
-            begin, view = begin + count, view[count:]
-
-    def _damage(self, reason: str) -> ValueError:
-        return ValueError(f"{self.path} is damaged ({reason}): take another checkpoint")
