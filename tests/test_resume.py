@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import resource
@@ -19,6 +21,7 @@ from safetensors.torch import load_file
 
 from farspan.launch.local import COMMAND
 from farspan.pretrain import checkpoint as ckpt
+from farspan.pretrain.metrics import read_metrics
 
 STEPS, STOP = 6, 3
 DROPOUT = {"model.hidden_dropout_prob": 0.1, "model.attention_probs_dropout_prob": 0.1}
@@ -72,7 +75,7 @@ def start(ranks, prepared, tmp_path):
 
 
 def everything(folder: Path) -> tuple[list, list, dict]:
-    """Steps, evaluations, and every tensor of the last checkpoint with the optimizer's partitions."""
+    """Steps, evaluations, and every tensor of every file of the last checkpoint."""
     run = Run(folder)
     last = ckpt.find(folder)
     tensors = {f"{path.name} {k}": t for path in last.glob("*.safetensors") for k, t in load_file(path).items()}
@@ -82,8 +85,11 @@ def everything(folder: Path) -> tuple[list, list, dict]:
 def assert_same_run(folder: Path, expected: Path) -> None:
     steps, validations, tensors = everything(folder)
     assert (steps, validations) == everything(expected)[:2]
-    assert any(name.startswith("optimizer") for name in tensors)
+    assert {name[:7] for name in tensors} == {"weights", "optimiz"}
     assert_identical(tensors, everything(expected)[2])
+    manifest, of_whole = (ckpt.Manifest.read(ckpt.find(of)) for of in (folder, expected))
+    for said in ("step", "files", "tensors", "trainer", "metrics"):
+        assert getattr(manifest, said) == getattr(of_whole, said), said
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -102,7 +108,7 @@ def _leave_what_a_killed_process_leaves(run: Path) -> None:
         file.write(json.dumps({"step": STOP + 1, "loss": 1.0, "grad_norm": 1.0}) + '\n{"step": 5, "lo')
     beside = run / f"checkpoints/.step-{STEPS:08d}.tmp"
     beside.mkdir()
-    (beside / "weights-t00-p00.safetensors").write_bytes(b"half of it")
+    (beside / "weights-00000.safetensors").write_bytes(b"half of it")
 
 
 def train_without(values: dict, what: str) -> str | None:
@@ -113,7 +119,7 @@ def train_without(values: dict, what: str) -> str | None:
     rows = DropoutKey.rows
     with pytest.MonkeyPatch.context() as patch:
         if what == "optimizer state":
-            patch.setattr(Engine, "load_optimizer_state", lambda self, state: None)
+            patch.setattr(Engine, "load_optimizer", lambda self, saved: None)
         else:
             earlier = lambda key: dataclasses.replace(key, step=key.step - STOP)  # noqa: E731
             patch.setattr(DropoutKey, "rows", lambda self, *args: rows(earlier(self), *args))
@@ -172,16 +178,17 @@ def test_what_cannot_continue_is_refused(start, tmp_path, other_data):
     assert start("run", {}, stop_after=STOP) is None
     before = {path: path.read_bytes() for path in sorted((tmp_path / "run").rglob("*")) if path.is_file()}
     refused = {
-        "was saved with tensor 1, pipeline 1, data 1, zero stage 0 and cannot continue with tensor 2": {
-            "parallel.tensor": 2
-        },
-        "cannot continue with tensor 1, pipeline 1, data 2, zero stage 1": replicas(1),
         "was trained on other data than": {"data.folder": str(other_data)},
         "was saved with training.seed 1234, now it is 7": {"training.seed": 7},
         "was saved with model.hidden_size 32, now it is 64": {"model.hidden_size": 64},
         "was saved with objective.probability 0.15, now it is 0.3": {"objective.probability": 0.3},
         "was saved with data.sequence_length 32, now it is 16": {"data.sequence_length": 16},
         "was saved with training.global_batch_size 8, now it is 4": {"training.global_batch_size": 4},
+        "was saved with training.batch_ramp None, now it is": {
+            "training.batch_ramp": {"start": 4, "increment": 4, "samples": 9}
+        },
+        "was saved with optimizer.name 'adamw', now it is 'lamb'": {"optimizer.name": "lamb"},
+        "was saved with data.rows 'packed', now it is 'padded'": {"data.rows": "padded"},
         "was saved with training.dtype 'float32', now it is 'bfloat16'": BFLOAT16,
         "is past training.steps 2": {"training.steps": 2, "schedule.warmup_steps": 0},
     }
@@ -193,25 +200,127 @@ def test_what_cannot_continue_is_refused(start, tmp_path, other_data):
     assert start("run", {}) is None
 
 
-def test_damage_is_told_in_one_line(start, tmp_path):
+# Damage.
+
+
+def flip(path: Path) -> None:
+    """One bit, in the middle."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+# What happens to which file of the newest checkpoint, and what is said of it.
+DAMAGE = {
+    "flipped weights": ("weights-00000.safetensors", flip, "is damaged"),
+    "cut weights": ("weights-00001.safetensors", cut, "is damaged"),
+    "no weights": ("weights-00000.safetensors", Path.unlink, "is missing"),
+    "flipped optimizer": ("optimizer-00001.safetensors", flip, "is damaged"),
+    "cut optimizer": ("optimizer-00000.safetensors", cut, "is damaged"),
+    "no optimizer": ("optimizer-00001.safetensors", Path.unlink, "is missing"),
+    "flipped manifest": (ckpt.MANIFEST, flip, "is damaged"),
+    "cut manifest": (ckpt.MANIFEST, cut, "is damaged"),
+    "no manifest": (ckpt.MANIFEST, Path.unlink, "is missing"),
+}
+
+
+@pytest.fixture(scope="module")
+def saved_twice(ranks, prepared, tmp_path_factory):
+    """A run of two replicas with ZeRO 1, whole, saved at steps 3 and 6; to be read only."""
+    folder = tmp_path_factory.mktemp("twice") / "run"
+    values = settings(prepared, folder, STEPS, DROPOUT | SAVES | replicas(1) | {"checkpoint.keep_last": 0})
+    assert ranks.run(train_here, values, count=2, seconds=120) == [None, None]
+    return folder
+
+
+def content(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def train_and_listen(values: dict, **options) -> tuple[str | None, str]:
+    """Train; the error line, and what was said on the console."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        return train_here(values, **options), said.getvalue()
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_the_newest_whole_checkpoint_is_taken(start, ranks, prepared, tmp_path, saved_twice, kind):
+    """The newest one is damaged, ``latest`` names it, and one rank alone looks at the damaged file."""
+    file, harm, words = DAMAGE[kind]
+    shutil.copytree(saved_twice, tmp_path / "run")
+    newest = tmp_path / f"run/checkpoints/step-{STEPS:08d}"
+    harm(newest / file)
+    assert (newest.parent / "latest").read_text() == newest.name + "\n"
+    overrides = DROPOUT | SAVES | replicas(1) | {"checkpoint.keep_last": 0}
+    values = settings(prepared, tmp_path / "run", STEPS, overrides)
+    answers = ranks.run(train_and_listen, values, count=2, seconds=120)
+    assert [error for error, _ in answers] == [None, None]
+    said = answers[0][1].splitlines()
+    refused = [line for line in said if "not taken: " in line]
+    assert len(refused) == 1 and str(newest / file) in refused[0] and words in refused[0], said
+    assert any(f"steps {STOP + 1} to {STEPS} from {newest.parent}/step-{STOP:08d}" in line for line in said), said
+    assert_same_run(tmp_path / "run", saved_twice)
+    assert sorted(path.name for path in newest.parent.iterdir()) == ["latest", f"step-{STOP:08d}", newest.name]
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_checkpoint_that_was_asked_for(ranks, prepared, tmp_path, saved_twice, kind):
+    """By its path: said in one line on every rank, and no other is taken for it."""
+    file, harm, words = DAMAGE[kind]
+    shutil.copytree(saved_twice, tmp_path / "run")
+    newest = tmp_path / f"run/checkpoints/step-{STEPS:08d}"
+    harm(newest / file)
+    before = content(tmp_path)
+    values = settings(prepared, tmp_path / "run", STEPS, DROPOUT | SAVES | replicas(1))
+    errors = ranks.run(train_here, values, count=2, resume=str(newest), seconds=120)
+    expected = "has no checkpoint" if kind == "no manifest" else words
+    assert all(error is not None and expected in error and str(newest) in error for error in errors), errors
+    assert len(set(errors)) == 1
+    assert content(tmp_path) == before
+
+
+def test_no_whole_checkpoint(tmp_path, prepared, saved_twice):
+    """By the command line, on two ranks: one line, exit code 2, nothing is changed."""
+    run = tmp_path / "run"
+    shutil.copytree(saved_twice, run)
+    flip(run / f"checkpoints/step-{STOP:08d}/optimizer-00001.safetensors")
+    (run / f"checkpoints/step-{STEPS:08d}" / ckpt.MANIFEST).unlink()
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings(prepared, run, STEPS, DROPOUT | SAVES | replicas(1))))
+    before = content(tmp_path)
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
+    command = [*COMMAND, "train", str(tmp_path / "run.yaml")]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    line = f"farspan: {run}/checkpoints has no whole checkpoint, 2 damaged: "
+    assert ended.returncode == 2, ended.stderr
+    assert next(said for said in ended.stderr.splitlines() if said.startswith("farspan: ")).startswith(line)
+    assert "Traceback" not in ended.stderr and not ended.stdout
+    assert content(tmp_path) == before
+
+
+def test_weights_alone_are_not_resumed(start, tmp_path):
     assert start("run", {}, stop_after=STOP) is None
     step = ckpt.find(tmp_path / "run")
-    for name, words in {"optimizer-00000.safetensors": "damaged", "weights-t00-p00.safetensors": "damaged"}.items():
-        whole = (step / name).read_bytes()
-        (step / name).write_bytes(whole[: len(whole) // 2])
-        assert words in start("run", {}) and name in start("run", {})
-        (step / name).write_bytes(whole)
-    weights_only = json.loads((step / "manifest.json").read_text()) | {"layout": {}}
-    (step / "manifest.json").write_text(json.dumps(weights_only))
+    dataclasses.replace(ckpt.Manifest.read(step), layout={}).write(step)
     assert "has weights but no optimizer state" in start("run", {})
 
 
-def train_on_a_full_disk(values: dict, file: str) -> str | None:
-    """Train; at the last save no file of this name may grow beyond a kilobyte: a write fails as on a full disk."""
-    write = ckpt.write_tensors
+# Saves that fail.
 
-    def limited(path: Path, tensors: dict) -> None:
-        if path.name != file or f"{STEPS:08d}" not in str(path):
+
+def train_on_a_full_disk(values: dict, file: str, failing: list[int]) -> str | None:
+    """Train; when the ``failing`` steps are saved, no file of this name may grow beyond a kilobyte: a write fails as on
+    a full disk."""
+    from farspan.pretrain.checkpoint import saver
+
+    write = saver.write_tensors
+
+    def limited(path: Path, tensors: dict) -> dict:
+        if path.name != file or not any(f"{step:08d}" in str(path) for step in failing):
             return write(path, tensors)
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))
@@ -221,25 +330,44 @@ def train_on_a_full_disk(values: dict, file: str) -> str | None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ckpt, "write_tensors", limited)
+        patch.setattr(saver, "write_tensors", limited)
         return train_here(values)
 
 
-@pytest.mark.parametrize("file", ["weights-t00-p00.safetensors", "optimizer-00001.safetensors"])
-def test_a_failed_save_leaves_the_older_ones(start, tmp_path, file):
+@pytest.mark.parametrize("file", ["weights-00000.safetensors", "optimizer-00001.safetensors"])
+def test_a_failed_last_save_leaves_the_older_ones(start, tmp_path, file):
     overrides = replicas(1) | {"checkpoint.keep_last": 1}
-    error = start("run", overrides, function=train_on_a_full_disk, file=file)
+    error = start("run", overrides, function=train_on_a_full_disk, file=file, failing=[STEPS])
     assert f"the checkpoint of step {STEPS} was not saved" in error and "older ones are untouched" in error
+    assert file in error and "goes on from the latest" in error
     root = tmp_path / "run/checkpoints"
     assert (root / "latest").read_text() == f"step-{STOP:08d}\n"
-    assert ckpt.steps(root) == [root / f"step-{STOP:08d}"]
+    assert sorted(path.name for path in root.iterdir()) == ["latest", f"step-{STOP:08d}"]
     assert start("run", overrides) is None
     assert start("whole", overrides) is None
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-def test_the_newest_whole_save_is_taken(start, tmp_path):
-    assert start("run", {"checkpoint.keep_last": 0}) is None
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_failed_save_does_not_end_the_run(start, tmp_path, asynchronous):
+    """It is counted; the next one is whole, and the run the same."""
+    overrides = replicas(1) | {"checkpoint.keep_last": 0, "checkpoint.interval": 1}
+    overrides |= {"checkpoint.asynchronous": asynchronous}
+    file = "optimizer-00001.safetensors"
+    assert start("run", overrides, function=train_on_a_full_disk, file=file, failing=[2, 3]) is None
+    assert start("whole", overrides) is None
+    assert [folder.name for folder in ckpt.steps(tmp_path / "run/checkpoints")] == [
+        f"step-{step:08d}" for step in (1, 4, 5, 6)
+    ]
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    saves = [line for line in read_metrics(tmp_path / "run/metrics.jsonl") if "failed_saves" in line]
+    assert [line["step"] for line in saves] == [1, 2, 3, 4, 5, 6]
+    assert [line["failed_saves"] for line in saves] == [0, 1, 2, 2, 2, 2]
+    assert [file in line.get("save_problem", "") for line in saves] == [False, True, True, False, False, False]
+
+
+def test_which_checkpoint_a_folder_means(tmp_path, saved_twice):
+    shutil.copytree(saved_twice, tmp_path / "run")
     root = tmp_path / "run/checkpoints"
     (root / "latest").write_text("step-00000099\n")
     assert ckpt.find(root).name == f"step-{STEPS:08d}"
