@@ -11,6 +11,7 @@ import contextlib
 import json
 import math
 import os
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Self
@@ -126,6 +127,7 @@ def write_stream(
             tensor = read(name)
             assert (tensor.dtype, tuple(tensor.shape)) == shapes[name], f"{name}: {tensor.dtype} {tuple(tensor.shape)}"
             checked.write(values_of(tensor.contiguous()))
+            del tensor  # before the next one is there
     return checked.about
 
 
@@ -164,16 +166,21 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 class CheckedFile:
-    """A file of a checkpoint, to be verified.  ``about``: what the manifest says of it.  ValueError where it is damaged
-    or missing, OSError where it cannot be read."""
+    """A file of a checkpoint, to be verified.  ``about``: what the manifest says of it.  ValueError where it is
+    damaged, missing or none, OSError where it cannot be read.
+
+    It may be a link, as caches of downloads have them: what is read is verified.  Devices and pipes are not opened.
+    """
 
     def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
         self.path = path
         self.size, self._checksums = int(about["bytes"]), str(about["checksums"])
         self.bytes_read = 0
         try:
+            if not stat.S_ISREG(path.stat().st_mode):
+                raise ValueError(f"{path} is no file: the checkpoint is not whole, take another")
             self._file = path.open("rb", buffering=0)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise ValueError(f"{path} is missing: the checkpoint is not whole, take another") from None
         found = os.fstat(self._file.fileno()).st_size
         if found != self.size or len(self._checksums) != -(-self.size // BLOCK) * _DIGITS:
@@ -204,7 +211,8 @@ class CheckedFile:
     def _read_raw(self, begin: int, into: Tensor) -> None:
         view = values_of(into)
         while len(view):
-            count = os.preadv(self._file.fileno(), [view[: 2**30]], begin)
+            with _naming(self.path):
+                count = os.preadv(self._file.fileno(), [view[: 2**30]], begin)
             if count == 0:
                 raise self._damage("it has become shorter")
             self.bytes_read += count
@@ -261,20 +269,12 @@ class TensorFile(CheckedFile):
         length = int.from_bytes(prefix, "little")
         if length > min(_LONGEST_HEADER, self.size - 8):
             raise self._damage("its header is longer than the file")
+        text = self._read_block_range(8, 8 + length)
         try:
-            header = json.loads(self._read_block_range(8, 8 + length))
-            found: dict[str, tuple[torch.dtype, int, int]] = {}
-            for name, entry in header.items():
-                if name == "__metadata__":
-                    continue
-                dtype, values = _DTYPES[entry["dtype"]], math.prod(entry["shape"])
-                begin, end = entry["data_offsets"]
-                if not 0 <= begin <= end <= self.size - 8 - length or (end - begin) != values * dtype.itemsize:
-                    raise ValueError(name)
-                found[name] = (dtype, values, 8 + length + begin)
+            header = json.loads(text.decode(), object_pairs_hook=_without_twins)
+            return _tensors_of(header, 8 + length, self.size)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise self._damage("its header is none of safetensors") from None
-        return found
 
     def _read_block_range(self, begin: int, end: int) -> bytes:
         """These bytes, verified with the blocks that they lie in where they are not trusted."""
@@ -286,3 +286,32 @@ class TensorFile(CheckedFile):
         buffer = torch.empty(last - first, dtype=torch.uint8)
         self._read_checked(first, last, buffer)
         return bytes(values_of(buffer[begin - first : end - first]))
+
+
+def _tensors_of(header: dict[str, Any], start: int, size: int) -> dict[str, tuple[torch.dtype, int, int]]:
+    """What a header describes, whose data are the bytes from ``start`` to ``size``: name → (dtype, number of values,
+    where they begin in the file).  ValueError, KeyError, TypeError or AttributeError where it is none."""
+    found: dict[str, tuple[torch.dtype, int, int]] = {}
+    ranges = []
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        dtype, shape, (begin, end) = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+        if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
+            raise ValueError(f"{name}: no numbers of bytes or values")
+        values = math.prod(shape)
+        if end - begin != values * dtype.itemsize or (start + begin) % dtype.itemsize:
+            raise ValueError(f"{name}: of another size, or not aligned")
+        ranges.append((begin, end))
+        found[name] = (dtype, values, start + begin)
+    ranges.sort()
+    if [0, *(end for _, end in ranges)] != [*(begin for begin, _ in ranges), size - start]:
+        raise ValueError("tensors that are not end to end")
+    return found
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; ValueError where a key is in it twice."""
+    if len(found := dict(pairs)) != len(pairs):
+        raise ValueError("a key is there twice")
+    return found
