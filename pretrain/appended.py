@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -10,17 +13,22 @@ from .files import explain
 
 
 class Appended:
-    """A file that grows at its end.  What the disk does not take is kept, and written before what comes next."""
+    """A file that grows at its end.  What the disk does not take is kept, and written before what comes next.
+
+    One thread may ``sync`` what another appends to, which does not wait for it.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file: IO[bytes] | None = None  # opened when there is something to write
         self._waiting = bytearray()
         self._stuck = False
+        self._lock = threading.Lock()
 
     def append(self, content: bytes) -> str | None:
         """Why it waits, in words, where that was not said before; None where all is written."""
-        self._waiting += content
+        with self._lock:
+            self._waiting += content
         try:
             self.flush()
         except OSError as error:
@@ -31,14 +39,11 @@ class Appended:
 
     def flush(self) -> None:
         """Give the system what waits; a process that is killed then loses nothing.  OSError where it is not taken."""
-        try:
+        with self._lock, self._naming():
             if self._file is None:
                 self._file = self.path.open("ab", buffering=0)
             while self._waiting:
                 del self._waiting[: self._file.write(self._waiting)]
-        except OSError as error:
-            error.filename = error.filename or str(self.path)  # a write that fails does not name it
-            raise
 
     def sync(self) -> None:
         """Bring all of it to the disk, if there is any; OSError where that fails."""
@@ -46,12 +51,18 @@ class Appended:
             return
         self.flush()
         assert self._file is not None
-        try:
+        with self._naming():
             os.fsync(self._file.fileno())
-        except OSError as error:
-            error.filename = error.filename or str(self.path)
-            raise
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+
+    @contextlib.contextmanager
+    def _naming(self) -> Iterator[None]:
+        """An error of the system inside names the file: a write that fails does not."""
+        try:
+            yield
+        except OSError as error:
+            error.filename = error.filename or str(self.path)
+            raise

@@ -106,11 +106,10 @@ def validation_loss(folder: Path) -> float | None:
     return float(loss) if isinstance(loss, int | float) else None
 
 
-def fresh_folder(folder: Path) -> None:
-    """An empty folder.  What interrupted saves have left goes, of this step or others: it may fill the disk."""
-    for leftover in folder.parent.glob(".step-*.tmp"):
-        remove(leftover)
-    folder.mkdir(parents=True)
+def clear(root: Path) -> None:
+    """Remove what saves of a killed process have left, as far as that is possible: it may fill the disk."""
+    for leftover in root.glob(".step-*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def publish(beside: Path, final: Path) -> None:

@@ -1,9 +1,9 @@
 """Saving while training goes on: a snapshot in host memory, files written behind it by a thread of every rank.
 
-A save goes through three stages, and every rank learns at the same step that one is over: every rank writes its files;
-the first writes the manifest, renames the folder and removes what is not to be kept; the save is over.  Threads do all
-that touches the disk and talk to nobody; what ranks tell each other they tell in ``save``, ``poll`` and ``finish``,
-which all of them call alike.
+A save goes through two stages, and every rank learns at the same step that one is over: every rank writes its files;
+then the first writes the manifest, renames the folder and removes what is not to be kept.  Threads do all that touches
+the disk and talk to nobody; what ranks tell each other they tell in ``save``, ``poll`` and ``finish``, which all of
+them call alike.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ class _Pending:
     beside: Path
     final: Path
     began: float
-    work: _Work
     entries: dict[str, Entry]
+    work: _Work
     writing: bool = True  # its files; then the manifest
     bytes: int = 0
     stall: float = 0.0
@@ -99,6 +99,9 @@ class Saver:
         self.failed = 0  # saves
         self._pending: _Pending | None = None
         self._host: dict[str, Tensor] = {}
+        if mesh.is_writer:
+            folders.clear(root)
+        mesh.first_problem(None)  # nobody writes there before that
 
     def save(
         self,
@@ -111,33 +114,27 @@ class Saver:
         """Begin to save what this rank holds; collective.  A save that is still under way is waited for.
 
         ``manifest``: without tensors and files.  ``pieces``: that this rank writes.  ``steps``: how often each tensor
-        was updated.  ``before``: what the writer brings to the disk first; an OSError there is one of the save.
-        Returns how saves have ended meanwhile: the one before, and without ``asynchronous`` this one.
+        was updated.  ``before``: what the writer does first, in a thread; an OSError there is one of the save.  Returns
+        how saves have ended meanwhile: the one before, and without ``asynchronous`` this one.
         """
         ended = [saved] if (saved := self.finish()) is not None else []
         began = time.perf_counter()  # the time until then is the earlier save's
         final = folders.step_folder(self.root, manifest.step)
         beside = folders.folder_beside(final)
 
-        def prepare() -> None:
-            if before is not None:
+        def write() -> dict[str, Any]:
+            if before is not None and self.mesh.is_writer:
                 before()
-            folders.fresh_folder(beside)
+            beside.mkdir(parents=True, exist_ok=True)
+            return _write_files(beside, names, values)
 
-        work = _Work(prepare if self.mesh.is_writer else _nothing)
-        work.join()
-        problem = self.mesh.first_problem(work.outcome())
-        if problem is not None:
-            stall = time.perf_counter() - began
-            return [*ended, self._ended(Saved(manifest.step, final, 0, stall, stall, problem))]
-        # Copied before anything is written, so that training may go on and change what was copied.
+        # Training may go on and change what was copied.
         values = {tensor_key(p.kind, p.name): self._host_copy(p).view(_stored_shape(p)) for p in pieces}
         names = {tensor_key(p.kind, p.name): _file_of(p, self.mesh.rank) for p in pieces}
         if self.asynchronous and self.mesh.device.type == "cuda":
             torch.cuda.synchronize(self.mesh.device)
-        work = _Work(lambda: _write_files(beside, names, values))
         entries = _entries(pieces, steps, self.mesh.rank)
-        self._pending = _Pending(manifest, tokenizer, beside, final, began, work, entries)
+        self._pending = _Pending(manifest, tokenizer, beside, final, began, entries, _Work(write))
         self._pending.stall = time.perf_counter() - began
         if not self.asynchronous and (saved := self.finish()) is not None:
             ended.append(saved)
@@ -166,9 +163,10 @@ class Saver:
         return None if saved is None else self._ended(dataclasses.replace(saved, stall_seconds=pending.stall))
 
     def _all_over(self, work: _Work) -> bool:
+        if self.mesh.size == 1:
+            return not work.is_alive()
         over = torch.tensor(0 if work.is_alive() else 1, device=self.mesh.device)
-        if dist.is_initialized():
-            dist.all_reduce(over, op=dist.ReduceOp.MIN)
+        dist.all_reduce(over, op=dist.ReduceOp.MIN)
         return bool(over.item())
 
     def _next_stage(self, pending: _Pending) -> Saved | None:
