@@ -125,7 +125,7 @@ def read_model(
         config=plan.config,
         heads=plan.heads,
         read=source.read,
-        dtypes=source.dtypes(),
+        dtypes=logical_dtypes(checkpoint.variables, plan, prefix),
         tokenizer=source.tokenizer(),
         note=WARM_START if plan.post_norm else None,
     )
@@ -269,6 +269,18 @@ def _check_shapes(variables: Mapping[str, Variable], plan: Plan, prefix: Path, c
             raise ValueError(f"{name} in {prefix} is of type {variable.dtype}: one of {', '.join(_DTYPES)} is needed")
 
 
+def logical_dtypes(variables: Mapping[str, Variable], plan: Plan, prefix: Path) -> dict[str, torch.dtype]:
+    """Of every logical tensor."""
+    found = {}
+    for name, of_one in plan.keys.items():
+        kinds = {variables[plan.names[source.tensor]].dtype for source in sources(of_one)}
+        if len(kinds) > 1:
+            of = ", ".join(plan.names[source.tensor] for source in sources(of_one))
+            raise ValueError(f"{of} in {prefix} are of {len(kinds)} types: give a checkpoint with these of one")
+        found[name] = _DTYPES[kinds.pop()]
+    return found
+
+
 def _turned(name: str, tensor: Tensor) -> Tensor:
     """TensorFlow multiplies kernels from the right, PyTorch from the left."""
     return tensor.t() if name.endswith("/kernel") else tensor
@@ -286,9 +298,7 @@ class Checkpoint:
         quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": ""}
         pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
         try:
-            self._process = subprocess.Popen(
-                command, stdin=pipe, stdout=pipe, stderr=nowhere, env=os.environ | quiet, cwd=Path(__file__).parent
-            )
+            self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=nowhere, env=os.environ | quiet)
         except OSError as error:
             raise ValueError(f"{python} does not run ({error.strerror}): give an interpreter with TensorFlow") from None
         weakref.finalize(self, _end, self._process)
@@ -360,16 +370,6 @@ class _Source:
     def _tensor(self, key: str) -> Tensor:
         name = self._plan.names[key]
         return _turned(name, self._checkpoint.read(name)).contiguous()
-
-    def dtypes(self) -> dict[str, torch.dtype]:
-        return {name: self._dtype(name) for name in self._keys}
-
-    def _dtype(self, name: str) -> torch.dtype:
-        found = [self._plan.names[source.tensor] for source in sources(self._keys[name])]
-        first, *others = (_DTYPES[self._checkpoint.variables[variable].dtype] for variable in found)
-        if any(other != first for other in others):
-            raise ValueError(f"{', '.join(found)} in {self._checkpoint.prefix} are not of one type")
-        return first
 
     def tokenizer(self) -> Path | None:
         """A folder with its files: the checkpoint's own, or one that says of its vocab.txt what is to be known."""

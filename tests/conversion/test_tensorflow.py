@@ -125,11 +125,6 @@ def test_warm_start_puts_each_norm_where_it_was_read(warm: Imported) -> None:
     assert all(same(value, reference[places.get(key, key)]) for key, value in found.items())
 
 
-def test_original_bert_needs_the_option(python: Path) -> None:
-    with pytest.raises(ValueError, match=r"is an original BERT, .*other logits.*set warm_start"):
-        read_model(BERT, python=python)
-
-
 @pytest.mark.parametrize(
     ("key", "name", "post_norm"),
     [
@@ -255,6 +250,21 @@ def test_other_checkpoints_of_tensorflow() -> None:
         plan({"global_step": Variable("int64", ())})
     with pytest.raises(ValueError, match=r"converts exactly: leave warm_start .* out"):
         plan(described(), warm_start=True)
+
+
+def test_original_bert_needs_the_option() -> None:
+    with pytest.raises(ValueError, match=r"is an original BERT, .*other logits.*set warm_start"):
+        plan(described(post_norm=True))
+
+
+def test_types() -> None:
+    variables = described() | {"bert/encoder/ln/gamma": Variable("float16", (32,))}
+    dtypes = tf.logical_dtypes(variables, plan(variables), Path("model.ckpt"))
+    assert {name for name, dtype in dtypes.items() if dtype == torch.float16} == {"final_norm.weight"}
+    assert set(dtypes.values()) == {torch.float16, torch.float32}
+    variables["bert/encoder/layer_1/attention/self/key/bias"] = Variable("float16", (32,))
+    with pytest.raises(ValueError, match=r"layer_1/attention/self/query/bias, .* in model\.ckpt are of 2 types"):
+        tf.logical_dtypes(variables, plan(variables), Path("model.ckpt"))
 
 
 def test_finding_the_files(tmp_path: Path) -> None:
