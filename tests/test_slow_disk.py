@@ -43,7 +43,7 @@ def train_on_a_slow_disk(values: dict[str, Any], bytes_per_second: float, saved:
         return train_batch(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        slow_down(patch, bytes_per_second)
+        slow_down(patch, lambda: bytes_per_second)
         patch.setattr(Engine, "train_batch", on_an_accelerator)
         patch.setattr(Saving, "due", lambda self, done, last: done in saved)
         return train_here(values)
