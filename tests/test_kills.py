@@ -1,5 +1,7 @@
 """SIGKILL to all ranks at random moments, saves included, many times in one run: it ends as if nothing had happened.
 
+The disk is slow, so that a save lasts some steps: an asynchronous one is killed while training goes on beside it.
+
 FARSPAN_TEST_KILLS=100 kills every run a hundred times.  FARSPAN_TEST_SEED takes the seed that a failure names; the
 moments are the same as far as the machine keeps time.
 """
@@ -22,12 +24,14 @@ from typing import Any
 import pytest
 from ranks import Ranks
 from runs import ranks_of, settings, train_here
+from slow_disk import slow_down
 
 from farspan.pretrain import checkpoint as ckpt
 from farspan.pretrain.metrics import read_metrics
 
 KILLS = max(10, int(os.environ.get("FARSPAN_TEST_KILLS", "12")))
 INTERVAL, KEPT = 2, 2
+SAVE_STEPS = 1.5  # as long as so many steps lasts a save
 STEPS = 3 * KILLS
 TINY = {
     "model.num_hidden_layers": 2,
@@ -50,7 +54,7 @@ SIGNS_OF_A_SAVE = (
     "checkpoints/.step-*.tmp/weights-*",
     "checkpoints/.step-*.tmp/optimizer-*",
     "checkpoints/.step-*.tmp/tokenizer",
-    "checkpoints/.step-*.tmp/manifest.json*",
+    "checkpoints/.step-*.tmp/*manifest.json*",
     "checkpoints/step-*",
     "checkpoints/*latest.*",
     "checkpoints/.step-*.old",
@@ -63,8 +67,9 @@ Line = dict[str, Any]
 Signs = set[tuple[str, int, int]]
 
 
-def train_with_pauses(values: dict[str, Any]) -> str | None:
-    """Train, but pause before every change to a folder: a kill may fall between any two of them."""
+def train_with_pauses(values: dict[str, Any], bytes_per_second: float) -> str | None:
+    """Train on a slow disk, and pause before every change to a folder: a kill may fall between any two of them, and in
+    the midst of a file."""
     changes = {"os.rename", "os.mkdir", "os.rmdir", "os.remove"}
 
     def pause(event: str, arguments: tuple[Any, ...]) -> None:
@@ -72,7 +77,9 @@ def train_with_pauses(values: dict[str, Any]) -> str | None:
             time.sleep(PAUSE_SECONDS)
 
     sys.addaudithook(pause)
-    return train_here(values)
+    with pytest.MonkeyPatch.context() as patch:
+        slow_down(patch, lambda: bytes_per_second)
+        return train_here(values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,10 +93,23 @@ class Folder:
         return self.path / "checkpoints"
 
     def lines(self) -> list[Line]:
-        """What metrics.jsonl says, but for times and memory."""
-        path = self.path / "metrics.jsonl"
-        lines = read_metrics(path) if path.exists() else []
+        """What metrics.jsonl says of steps, but for times and memory."""
+        lines = [line for line in self._all_lines() if "failed_saves" not in line]
         return [{key: value for key, value in line.items() if key not in OF_THE_MACHINE} for line in lines]
+
+    def saves(self) -> list[Line]:
+        """What metrics.jsonl says of saves."""
+        return [line for line in self._all_lines() if "failed_saves" in line]
+
+    def _all_lines(self) -> list[Line]:
+        path = self.path / "metrics.jsonl"
+        return read_metrics(path) if path.exists() else []
+
+    def is_beside_a_save(self) -> bool:
+        """Whether steps were made after the one that is being saved."""
+        saving = [int(path.name.split("-")[1].split(".")[0]) for path in self.checkpoints.glob(".step-*.tmp")]
+        lines = self.lines()
+        return bool(saving and lines) and lines[-1]["step"] > max(saving)
 
     def saved_step(self) -> int:
         """Where a resume begins."""
@@ -117,12 +137,14 @@ class Folder:
 
 
 def content(checkpoint: Path) -> dict[str, Any]:
-    """All files of a checkpoint, and what its manifest says but for the run's folder and how many checkpoints stay."""
+    """All files of a checkpoint, and what its manifest says but for the run's folder, how many checkpoints stay, and
+    the state of the clone that wrote it."""
     files: dict[str, Any] = {
         str(path.relative_to(checkpoint)): path.read_bytes() for path in checkpoint.rglob("*") if path.is_file()
     }
     manifest = json.loads(files[ckpt.MANIFEST])
     del manifest["config"]["run_dir"], manifest["config"]["checkpoint"]["keep_last"]
+    del manifest["checksum"], manifest["written_by"]
     return files | {ckpt.MANIFEST: manifest}
 
 
@@ -132,7 +154,8 @@ class Run:
 
     pool: Ranks
     values: dict[str, Any]
-    function: Callable[[dict[str, Any]], str | None]
+    function: Callable[..., str | None]
+    arguments: tuple[Any, ...] = ()
 
     def __post_init__(self) -> None:
         self.folder = Folder(Path(self.values["run_dir"]))
@@ -140,13 +163,14 @@ class Run:
 
     def start(self) -> None:
         self.saved, self.found = self.folder.saved_step(), self.folder.signs("metrics.jsonl")
-        self.pool.begin(self.function, self.values, count=self.count)
+        self.pool.begin(self.function, self.values, *self.arguments, count=self.count)
 
     def step(self) -> int:
         """How far this start has come; metrics.jsonl as it was found does not count."""
         path = self.folder.path / "metrics.jsonl"
         lines = path.read_bytes().split(b"\n")[:-1] if self.folder.signs("metrics.jsonl") - self.found else []
-        return int(json.loads(lines[-1])["step"]) if lines else self.saved
+        steps = (json.loads(line)["step"] for line in reversed(lines) if b"failed_saves" not in line)
+        return int(next(steps, self.saved))
 
     def wait(self, moment: Callable[[], Any], pause: float = 0.001) -> None:
         """Look now and again until it is time."""
@@ -172,8 +196,8 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Moment:
-    """When to kill: at the sight of a ``sign`` once ``steps`` are done that were not saved before, or, without one,
-    some ``seconds`` after the start.  At the latest after three saves, and before the last one of the run."""
+    """When to kill: some ``seconds`` after the sight of a ``sign`` once ``steps`` are done that were not saved before,
+    or, without one, after the start.  At the latest after three saves, and before the last one of the run."""
 
     sign: str | None = None
     steps: int = 0
@@ -186,31 +210,37 @@ class Moment:
             return run.wait(lambda: time.monotonic() >= end or run.step() >= over)
         run.wait(lambda: run.step() >= min(run.saved + self.steps, over))
         seen = run.folder.signs(self.sign)
-        return run.wait(lambda: run.folder.signs(self.sign) - seen or run.step() >= over, PAUSE_SECONDS / 20)
+        run.wait(lambda: run.folder.signs(self.sign) - seen or run.step() >= over, PAUSE_SECONDS / 20)
+        end = time.monotonic() + self.seconds
+        return run.wait(lambda: time.monotonic() >= end or run.step() >= over)
 
 
 def moments(rng: random.Random, start_seconds: float, step_seconds: float) -> list[Moment]:
-    """Half of them in saves, of which every other one is not the first; some while a run folder is opened; the others
-    at any time from the start to the third save."""
+    """Half of them in saves, of which every other one is not the first, at once or later; some while a run folder is
+    opened; the others at any time from the start to the third save."""
     saves, starts = (itertools.cycle(rng.sample(signs, len(signs))) for signs in (SIGNS_OF_A_SAVE, SIGNS_OF_A_START))
-    chosen = [Moment(next(saves), 1 + n % 2 * INTERVAL) for n in range(KILLS // 2)]
+    save_seconds = SAVE_STEPS * step_seconds
+    later = (rng.uniform(0.0, save_seconds) if n // 2 % 2 else 0.0 for n in itertools.count())
+    chosen = [Moment(next(saves), 1 + n % 2 * INTERVAL, next(later)) for n in range(KILLS // 2)]
     chosen += [Moment(next(starts)) for _ in range(KILLS // 6)]
     while len(chosen) < KILLS:
         early = rng.uniform(0.0, start_seconds)
-        late = start_seconds + rng.uniform(0.0, 3 * INTERVAL * step_seconds)
+        late = start_seconds + rng.uniform(0.0, 3 * (INTERVAL * step_seconds + save_seconds))
         chosen.append(Moment(seconds=rng.choice((early, late))))
     rng.shuffle(chosen)
     return chosen
 
 
 @pytest.mark.timeout(60 + 20 * KILLS)
+@pytest.mark.parametrize("asynchronous", [True, False], ids=["asynchronous", "synchronous"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_killed_many_times(fork_server, prepared, tmp_path, layout):
+def test_killed_many_times(fork_server, prepared, tmp_path, layout, asynchronous):
     seed = int(os.environ.get("FARSPAN_TEST_SEED", random.randrange(2**32)))
     pool = Ranks(fork_server)
 
-    def run(name: str, keep_last: int, function: Callable[[dict[str, Any]], str | None]) -> Run:
+    def run(name: str, keep_last: int, function: Callable[..., str | None]) -> Run:
         overrides = TINY | LAYOUTS[layout] | {"checkpoint.keep_last": keep_last}
+        overrides |= {"checkpoint.asynchronous": asynchronous}
         return Run(pool, settings(prepared, tmp_path / name, STEPS, overrides), function)
 
     try:
@@ -231,24 +261,35 @@ def _compare(whole: Run, killed: Run, rng: random.Random) -> None:
     whole.finish()
     expected = whole.folder.lines()
     assert [line["step"] for line in expected if "loss" in line] == list(range(1, STEPS + 1))
+    step_seconds = (time.monotonic() - first) / STEPS
+    killed.arguments = (_bytes_of_a_rank(whole.folder) / (SAVE_STEPS * step_seconds),)
 
-    gains, in_saves = [], 0
-    for moment in moments(rng, first - began, (time.monotonic() - first) / STEPS):
+    gains, in_saves, beside = [], 0, 0
+    for moment in moments(rng, first - began, step_seconds):
         unfinished = killed.folder.unfinished()
         killed.start()
         moment.wait(killed)
         killed.kill()
-        in_saves += bool(killed.folder.unfinished() - unfinished)
+        in_save = bool(killed.folder.unfinished() - unfinished)
+        in_saves += in_save
+        beside += in_save and killed.folder.is_beside_a_save()
         gains.append(killed.folder.saved_step() - killed.saved)
         _check_what_a_kill_leaves(killed.folder, whole.folder, expected)
-    print(f"{KILLS} kills, {in_saves} in a save; steps saved between them: {gains}")
+    print(f"{KILLS} kills, {in_saves} in a save, {beside} in steps beside one; steps saved between them: {gains}")
     assert min(gains) == 0 < max(gains) < STEPS
     assert in_saves >= KILLS // 4
+    if killed.values["checkpoint"]["asynchronous"]:
+        assert beside > 0
+    else:
+        assert beside == 0
 
     killed.start()
     killed.finish()
     assert killed.folder.lines() == expected
-    assert (killed.folder.path / "metrics.jsonl").read_bytes().count(b"\n") == len(expected)
+    saves = killed.folder.saves()
+    assert (killed.folder.path / "metrics.jsonl").read_bytes().count(b"\n") == len(expected) + len(saves)
+    steps = [save["step"] for save in saves]
+    assert sorted(set(steps)) == steps and {save["failed_saves"] for save in saves} == {0}
     kept = [f"step-{step:08d}" for step in range(STEPS - INTERVAL * (KEPT - 1), STEPS + 1, INTERVAL)]
     for name in kept:
         assert content(killed.folder.checkpoints / name) == content(whole.folder.checkpoints / name)
@@ -258,9 +299,17 @@ def _compare(whole: Run, killed: Run, rng: random.Random) -> None:
     assert found == names
 
 
+def _bytes_of_a_rank(folder: Folder) -> int:
+    """How much the rank writes that writes most."""
+    checkpoint = ckpt.find(folder.checkpoints)
+    ranks = {path.stem.split("-")[1] for path in checkpoint.glob("*.safetensors")}
+    return max(sum(p.stat().st_size for p in checkpoint.glob(f"*-{rank}.safetensors")) for rank in ranks)
+
+
 def _check_what_a_kill_leaves(folder: Folder, whole: Folder, expected: list[Line]) -> None:
     """A checkpoint and metrics that a resume can trust: as the uninterrupted run had them."""
     for checkpoint in ckpt.steps(folder.checkpoints):
+        ckpt.Reader(checkpoint).verify()
         assert content(checkpoint) == content(whole.checkpoints / checkpoint.name), f"{checkpoint} differs"
     lines = folder.lines()
     assert lines == expected[: len(lines)]
