@@ -24,6 +24,7 @@ from farspan.pretrain.conversion.from_huggingface import from_huggingface
 from farspan.pretrain.conversion.imported import Imported, build, write_imported
 from farspan.pretrain.conversion.resize import from_checkpoint, misfit, resized
 from farspan.pretrain.conversion.to_huggingface import to_huggingface
+from farspan.pretrain.conversion.tokens import Tokens
 from farspan.pretrain.data.tokenizer import Vocabulary, train_tokenizer
 from farspan.pretrain.load import LoadedModel
 from farspan.pretrain.models.base import LanguageModel
@@ -248,6 +249,23 @@ def test_another_kind_of_tokenizer(tokenizers: Path) -> None:
     assert torch.equal(positions[1][2:], positions[0][1:])
     assert torch.equal(positions[1][1], positions[0][0])
     assert "model.max_position_embeddings is 25 instead of 24: positions are counted from" in new.note
+
+
+def test_the_text_of_a_token(tmp_path: Path) -> None:
+    """A space where a word begins; what is no text of its own is told apart by a leading zero byte."""
+
+    def texts(style: Any, *tokens: str, special: tuple[int, ...] = ()) -> dict[str, int]:
+        ids = {token: id for id, token in enumerate(tokens)}
+        return Tokens(ids, style, frozenset(special), {}).by_text()
+
+    byte_level = texts("byte-level", "<s>", "Ġstate", "ing", "Ã©", "Ã", special=(0,))
+    assert byte_level == {"<s>": 0, " state": 1, "ing": 2, "é": 3, "\0Ã": 4}
+    assert texts("space mark", "<s>", "▁state", "ing", special=(0,)) == {"<s>": 0, " state": 1, "ing": 2}
+    wordpiece = texts("wordpiece", "[MASK]", "state", "##ing", ",", "##,", special=(0,))
+    assert wordpiece == {"[MASK]": 0, " state": 1, "ing": 2, ",": 3, "\0##,": 4}
+    for kind, style in (("unigram", "space mark"), ("bpe", "byte-level"), ("wordpiece", "wordpiece")):
+        train_tokenizer(kind, TEXTS * 9, tmp_path / kind, vocab_size=300 if kind == "bpe" else 50, progress=False)
+        assert Tokens.read(tmp_path / kind).style == style
 
 
 def test_the_own_tokenizer_changes_nothing(tokenizers: Path) -> None:
