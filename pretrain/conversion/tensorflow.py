@@ -13,8 +13,10 @@ them.  Kernels are transposed, queries, keys and values stacked, and nothing is 
 1810.04805; 2002.04745, figure 1a), which Megatron-BERT never does: no placing of the norms gives its logits.
 ``warm_start`` puts each norm where what it gave was read: that of the embeddings before the first layer's attention,
 that of attention before the feed-forward, that of the feed-forward before the next layer's attention, or last.  Then
-branches see inputs of the scale that they were trained on, but the sums between are no longer normalised, so that its
-losses start higher than they ended: it is a start for further pretraining, nothing to use as it is.
+branches see inputs of the scale that they were trained on, but the sums between are no longer normalised: it is a
+start for further pretraining, nothing to use as it is.  Two small BERTs (4 layers of 96 and 64 features, trained for
+1200 and 1468 steps, not much below the entropy of single tokens) began at 5.58 and 3.26 nats a masked token where they
+had ended at 5.39 and 3.22; random weights begin at 7.34 and 3.90.  What it is worth for a large one was not measured.
 
 **Activation.**  ``gelu`` is taken as the exact one (erf), as transformers takes it and BERT's first release computed
 it; its code of February 2019 and after computes the tanh approximation, ``gelu_new``: give ``hidden_act`` for a model
