@@ -222,6 +222,7 @@ DAMAGE = {
     "flipped optimizer": ("optimizer-00001.safetensors", flip, "is damaged"),
     "cut optimizer": ("optimizer-00000.safetensors", cut, "is damaged"),
     "no optimizer": ("optimizer-00001.safetensors", Path.unlink, "is missing"),
+    "flipped tokenizer": ("tokenizer/tokenizer.json", flip, "is damaged"),
     "flipped manifest": (ckpt.MANIFEST, flip, "is damaged"),
     "cut manifest": (ckpt.MANIFEST, cut, "is damaged"),
     "no manifest": (ckpt.MANIFEST, Path.unlink, "is missing"),
