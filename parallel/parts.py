@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from torch import Tensor
 
@@ -149,6 +149,30 @@ def overlap(source: Part, target: Part) -> list[Runs]:
         groups = [steps]
     edges = [row(index) for index in dict.fromkeys((rows[0], rows[-1]))] if rows else []
     return [runs for runs in (*edges[:1], *groups, *edges[1:]) if runs is not None]
+
+
+def cover(parts: Iterable[Part], shape: tuple[int, ...]) -> bool:
+    """Whether every value of a tensor of this shape is in exactly one of these parts: runs of slices of one dimension,
+    the slices end to end and the runs of each."""
+    runs: dict[tuple[int, int, int], list[tuple[int, int]]] = {}
+    for part in parts:
+        if part.values:
+            runs.setdefault((part.dim, part.start, part.stop), []).append((part.begin, part.end))
+    if not math.prod(shape):
+        return True
+    slices = sorted(runs)
+    if not slices or any(dim != slices[0][0] for dim, _, _ in slices):
+        return False
+    dim = slices[0][0]
+    inner = math.prod(shape) // (shape or (1,))[dim]
+    return end_to_end([(start, stop) for _, start, stop in slices], (shape or (1,))[dim]) and all(
+        end_to_end(sorted(runs[dim, start, stop]), (stop - start) * inner) for _, start, stop in slices
+    )
+
+
+def end_to_end(ranges: Sequence[tuple[int, int]], size: int) -> bool:
+    """Whether these ranges, in order, are [0, ``size``) without a gap or an overlap."""
+    return [0, *(stop for _, stop in ranges)] == [*(start for start, _ in ranges), size]
 
 
 @dataclasses.dataclass(frozen=True)

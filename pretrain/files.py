@@ -119,11 +119,11 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path, what: str, remedy: str = "put a whole one there") -> Any:
     """Parse a JSON file; ValueError in one line where it is missing or broken.  ``what``: what its folder should be;
     ``remedy``: what to do about a broken one."""
+    if not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"{path} is missing: {path.parent} is not {what}, or not a whole one")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        raise ValueError(f"{path} is missing: {path.parent} is not {what}, or not a whole one") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or a number of too many digits
         raise ValueError(f"{path} is damaged (not JSON: {error}): {remedy}") from None
 
 

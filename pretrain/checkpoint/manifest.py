@@ -23,13 +23,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ...parallel.parts import Part
+from ...parallel.parts import Part, cover
 from ..files import read_mapping, write_text
 from .tensor_file import checksum
 
@@ -37,6 +38,8 @@ FORMAT, VERSION = "farspan-checkpoint", 2
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"  # the folder
 _REMEDY = "take another checkpoint"
+_LARGEST = 2**62  # number of values, bytes or steps
+_CHECKSUM = ',\n"checksum": '
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64)
@@ -98,8 +101,7 @@ class Manifest:
         for name, table in (("files", self.files), ("tokenizer", self.tokenizer), ("tensors", tensors)):
             inner = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in table.items())
             lines.append(f"{json.dumps(name)}: {{\n{inner}\n}}")
-        body = ",\n".join(lines)
-        return f'{{\n{body},\n"checksum": "{checksum(body.encode())}"\n}}\n'
+        return _sealed(",\n".join(lines))
 
     @staticmethod
     def read(folder: Path) -> Manifest:
@@ -111,11 +113,15 @@ class Manifest:
                 f"{path} is {value.get('format')!r} version {value.get('version')!r}; "
                 f"this Farspan reads {FORMAT!r} version {VERSION}: take the Farspan that wrote it"
             )
-        text = path.read_text(encoding="utf-8")
-        body = text[text.index("\n") + 1 : text.rindex(',\n"checksum"')] if ',\n"checksum"' in text else ""
-        if checksum(body.encode()) != value.get("checksum"):
+        text = path.read_bytes().decode()  # the ends of lines as they are
+        if text != _sealed(text.removeprefix("{\n").rpartition(_CHECKSUM)[0]):
             raise ValueError(f"{path} is damaged (it is not what was written): {_REMEDY}")
         return _parse(value, path)
+
+
+def _sealed(body: str) -> str:
+    """The text of a manifest, with the checksum of itself."""
+    return f'{{\n{body}{_CHECKSUM}"{checksum(body.encode())}"\n}}\n'
 
 
 def merge_entries(parts: Iterable[Mapping[str, Entry]]) -> dict[str, Entry]:
@@ -147,11 +153,12 @@ def _entry_to_json(entry: Entry, numbers: Mapping[str, int]) -> dict[str, Any]:
 
 
 def _entry_from_json(value: Mapping[str, Any], files: list[str]) -> Entry:
-    """ValueError, KeyError, TypeError, IndexError or AttributeError where it is none."""
-    shape = tuple(_number(size) for size in value["shape"])
+    """ValueError, KeyError, TypeError, IndexError or AttributeError where it is none, or values are missing."""
+    shape = tuple(map(_number, _list(value["shape"])))
+    _number(math.prod(shape))
 
-    def shard(numbers: list[int]) -> Shard:
-        file, dim, start, stop, begin, end = map(_number, numbers)
+    def shard(numbers: Any) -> Shard:
+        file, dim, start, stop, begin, end = map(_number, _list(numbers))
         part = Part(shape, dim, start, stop, begin, end)
         if (shape and dim >= len(shape)) or not start <= stop <= (shape or (1,))[dim]:
             raise ValueError("a slice that the tensor does not have")
@@ -160,27 +167,48 @@ def _entry_from_json(value: Mapping[str, Any], files: list[str]) -> Entry:
         return Shard(files[file], part)
 
     step = value["step"]
-    return Entry(
-        shape,
-        {kind: DTYPES[name] for kind, name in value["dtypes"].items()},
-        {kind: tuple(map(shard, shards)) for kind, shards in value["shards"].items()},
-        None if step is None else float(step),
-    )
+    if step is not None and not (type(step) in (int, float) and 0 <= step <= _LARGEST):
+        raise ValueError("no number of updates")
+    dtypes = {kind: DTYPES[name] for kind, name in value["dtypes"].items()}
+    shards = {kind: tuple(map(shard, _list(found))) for kind, found in value["shards"].items()}
+    for found in shards.values():
+        names = [one.file for one in found if one.part.values]
+        if len(set(names)) != len(names) or not cover((one.part for one in found), shape):
+            raise ValueError("values that are nowhere, or in two places")
+    if dtypes.keys() != shards.keys():
+        raise ValueError("values without a dtype, or a dtype without values")
+    return Entry(shape, dtypes, shards, None if step is None else float(step))
 
 
 def _number(value: Any) -> int:
-    if not isinstance(value, int) or value < 0 or value > 2**62:
-        raise ValueError(f"{value!r} is no number of values")
+    """A number of values, bytes or steps."""
+    if type(value) is not int or not 0 <= value <= _LARGEST:
+        raise ValueError("no number")
     return value
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError("no list")
+    return value
+
+
+def _file_name(name: str) -> bool:
+    """Whether a file of this name lies in the folder that it is looked for in, on any system."""
+    return Path(name).name == name not in ("", "..") and name.isprintable() and "\\" not in name and len(name) < 128
 
 
 def _parse(value: dict[str, Any], path: Path) -> Manifest:
     def damaged(reason: str) -> ValueError:
         return ValueError(f"{path} is damaged: {reason}; {_REMEDY}")
 
-    for name, kind in (("step", int), ("heads", list)):
-        if not isinstance(value.get(name), kind):
-            raise damaged(f"its {name} is {value.get(name)!r}" if name in value else f"it says nothing of {name}")
+    heads = value.get("heads")
+    for name, right in (
+        ("step", type(value.get("step")) is int and 0 <= value["step"] <= _LARGEST),
+        ("heads", isinstance(heads, list) and all(isinstance(head, str) for head in heads)),
+    ):
+        if not right:
+            raise damaged(f"its {name} is {value[name]!r}" if name in value else f"it says nothing of {name}")
     tables = (
         "model",
         "files",
@@ -197,17 +225,20 @@ def _parse(value: dict[str, Any], path: Path) -> Manifest:
         if not isinstance(value.get(name), dict):
             raise damaged(f"its {name} is no mapping" if name in value else f"it says nothing of {name}")
     for name, about in (*value["files"].items(), *value["tokenizer"].items()):
-        if Path(name).name != name or name in (".", ".."):
+        if not _file_name(name):
             raise damaged(f"it names the file {name!r}, which does not lie in its folder")
-        whole = isinstance(about, dict) and isinstance(about.get("bytes"), int) and about["bytes"] >= 0
-        if not (whole and isinstance(about.get("checksums"), str)):
+        try:
+            whole = _number(about["bytes"]) >= 0 and isinstance(about["checksums"], str)
+        except (ValueError, KeyError, TypeError):
+            whole = False
+        if not whole:
             raise damaged(f"it does not say how large {name} is")
     files = list(value["files"])
     entries: dict[str, Entry] = {}
     for name, entry in value["tensors"].items():
         try:
             entries[name] = _entry_from_json(entry, files)
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError):
-            raise damaged(f"it does not say where {name} lies") from None
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+            raise damaged(f"it does not say where {name!r} lies") from None
     fields = {name: value[name] for name in ("step", *tables)} | {"heads": tuple(value["heads"]), "tensors": entries}
     return Manifest(**fields)

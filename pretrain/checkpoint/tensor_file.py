@@ -21,6 +21,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ...parallel.parts import end_to_end
 from ..files import sync
 
 BLOCK = 2**20  # bytes under one checksum
@@ -304,8 +305,7 @@ def _tensors_of(header: dict[str, Any], start: int, size: int) -> dict[str, tupl
             raise ValueError(f"{name}: of another size, or not aligned")
         ranges.append((begin, end))
         found[name] = (dtype, values, start + begin)
-    ranges.sort()
-    if [0, *(end for _, end in ranges)] != [*(begin for begin, _ in ranges), size - start]:
+    if not end_to_end(sorted(ranges), size - start):
         raise ValueError("tensors that are not end to end")
     return found
 

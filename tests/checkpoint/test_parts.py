@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from farspan.parallel.mesh import Axis
-from farspan.parallel.parts import Part, Runs, overlap
+from farspan.parallel.parts import Part, Runs, cover, overlap
 from farspan.parallel.sharding import Logical
 
 SMALL = st.integers(0, 5)
@@ -151,3 +152,36 @@ def test_what_a_rank_holds_is_its_slice_without_padding(logical, size):
         # Of the rank's values with padding, flattened, a partition's: what is left of them without it.
         for begin, end in ((0, 4), (3, len(local)), (len(local) - 1, len(local))):
             assert torch.equal(taken(full, part.run(begin, end)), local[begin:end][local[begin:end] > 0])
+
+
+# Whether parts are all of a tensor.
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.data())
+def test_parts_cover_a_tensor_where_every_value_is_in_one_of_them(data):
+    """Parts as layouts have them, some of which are left out, moved or there twice."""
+    shape = tuple(data.draw(st.lists(st.integers(0, 4), max_size=3)))
+    dim = data.draw(st.integers(0, max(len(shape) - 1, 0)))
+    size = shape[dim] if shape else 1
+    cuts = sorted({0, size, *data.draw(st.lists(st.integers(0, size), max_size=2))})
+    held = []
+    for start, stop in itertools.pairwise(cuts):
+        part = Part.of_slice(shape, dim, start, stop) if shape else Part.whole(shape)
+        ends = sorted({0, part.values, *data.draw(st.lists(st.integers(0, part.values), max_size=2))})
+        held += [part.run(*run) for run in itertools.pairwise(ends)]
+    times = torch.zeros(math.prod(shape), dtype=torch.int64)
+    held += [data.draw(parts(shape, dim)) for _ in range(data.draw(st.integers(0, 1)))]
+    if held and data.draw(st.booleans()):
+        held.pop(data.draw(st.integers(0, len(held) - 1)))
+    for part in held:
+        times[taken(numbered(shape), part)] += 1
+    whole = bool((times == 1).all())
+    found = cover(data.draw(st.permutations(held)), shape)
+    assert found == whole or (whole and len({(p.start, p.stop) for p in held}) > len(cuts) - 1)
+
+
+def test_parts_of_two_dimensions_do_not_cover():
+    rows, columns = Part.of_slice((2, 2), 0, 0, 1), Part.of_slice((2, 2), 1, 0, 1)
+    assert not cover([rows, columns], (2, 2)) and not cover([rows, rows], (2, 2)) and not cover([], (2, 2))
+    assert cover([], (2, 0)) and cover([Part.whole(())], ()) and not cover([Part.whole(())] * 2, ())

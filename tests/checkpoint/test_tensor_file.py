@@ -1,4 +1,4 @@
-"""Tensor files: what is written is what the safetensors library reads, and nothing damaged or hostile passes for whole."""
+"""Tensor files: what is written is what the library reads, and nothing damaged or hostile passes for whole."""
 
 from __future__ import annotations
 
