@@ -310,12 +310,24 @@ def test_what_other_packages_pickle_stays_inert(source: MegatronBertForPreTraini
     assert not mark.exists()
 
 
-def test_what_others_declared_safe_stays_so_and_is_not_used(source: MegatronBertForPreTraining, tmp_path: Path) -> None:
+def test_what_others_declared_safe_stays_so_and_is_not_used(
+    source: MegatronBertForPreTraining, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     files.write(tmp_path, source)
+    during: list[Any] = []
+    load = torch.load
+
+    def loading(*given: Any, **options: Any) -> Any:
+        during.extend(torch.serialization.get_safe_globals())
+        return load(*given, **options)
+
+    monkeypatch.setattr(torch, "load", loading)
     with torch.serialization.safe_globals([argparse.Namespace]):
         before = set(torch.serialization.get_safe_globals())
         assert read_model(tmp_path).config.hidden_size == 16
         assert set(torch.serialization.get_safe_globals()) == before
+    assert during
+    assert argparse.Namespace not in during
 
 
 # What cannot be taken.
