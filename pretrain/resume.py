@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ import yaml
 from ..parallel.mesh import Mesh
 from . import checkpoint as ckpt
 from .config import Config
+from .conversion.model import model_of
+from .conversion.resize import misfit
 from .data.store import MANIFEST as DATA_MANIFEST
 from .files import explain
 from .metrics import read_metrics
@@ -56,29 +59,46 @@ def find_start(config: Config, mesh: Mesh, resume: str) -> Start:
         return Start(reader.manifest.step, reader, resumes=True, passed_over=damage)
     _check_folder(config)
     if config.checkpoint.initialize_from is not None:
-        reader, damage = _newest_whole([ckpt.find(Path(config.checkpoint.initialize_from))], mesh)
-        if reader is None:
-            raise ValueError(f"checkpoint.initialize_from: {damage[0]}")
-        theirs, ours = reader.manifest.model.get("model_type"), config.model.model_type
-        if theirs != ours:
-            raise ValueError(
-                f"checkpoint.initialize_from {reader.folder} is of model_type {theirs!r}, model.model_type is "
-                f"{ours!r}: set one to fit the other"
-            )
-        return Start(0, reader, resumes=False)
+        return Start(0, _initial_weights(config, Path(config.checkpoint.initialize_from), mesh), resumes=False)
     return Start(0, None, resumes=False)
 
 
+def _initial_weights(config: Config, path: Path, mesh: Mesh) -> ckpt.Reader:
+    """The checkpoint that a new run takes its weights from; collective.  ValueError where it is none of this model."""
+    reader, damage = _newest_whole([ckpt.find(path)], mesh)
+    if reader is None:
+        raise ValueError(f"checkpoint.initialize_from: {damage[0]}")
+    theirs, ours = reader.manifest.model.get("model_type"), config.model.model_type
+    if theirs != ours:
+        raise ValueError(
+            f"checkpoint.initialize_from {reader.folder} is of model_type {theirs!r}, model.model_type is "
+            f"{ours!r}: set one to fit the other"
+        )
+    _, saved, _ = model_of(reader.manifest, reader.folder)
+    problem = misfit(reader.folder, saved, config.model, Path(config.data.folder) / "tokenizer")
+    if problem is not None:
+        raise ValueError(f"checkpoint.initialize_from: {problem}")
+    return reader
+
+
 def _newest_whole(folders: Sequence[Path], mesh: Mesh) -> tuple[ckpt.Reader | None, tuple[str, ...]]:
-    """The first of these checkpoints that is whole, and what is wrong with those before it; collective."""
+    """The first of these checkpoints that is whole, and what is wrong with those before it; collective.  OSError where
+    one cannot be read for want of rights or of a file system: it may be whole."""
     damage: list[str] = []
     for folder in folders:
-        reader, problem = None, None
+        reader, problem, refusal = None, None, None
         try:
             reader = ckpt.Reader(folder)
             reader.verify(mesh.rank, mesh.size)
-        except (ValueError, OSError) as error:
-            problem = explain(error) if isinstance(error, OSError) else str(error)
+        except ValueError as error:
+            problem = str(error)
+        except OSError as error:
+            if error.errno == errno.EIO:
+                problem = explain(error)
+            else:
+                refusal = explain(error)
+        if (refusal := mesh.first_problem(refusal)) is not None:
+            raise OSError(refusal)
         problem = mesh.first_problem(problem)
         if problem is None:
             assert reader is not None

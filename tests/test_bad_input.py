@@ -245,7 +245,7 @@ def limited(size: int) -> Iterator[None]:
         (f"{PREPARE} @/text.txt", 4000, f"@/out/.partial/tokenizer.…/tokenizer.json: {FULL}"),
         ("prepare @/out --input @/run.yaml --tokenizer @/data/tokenizer", 20_000, f"@/out/train/00000.bin: {FULL}"),
         (EXPORT, 20_000, f"@/.out.tmp/model.safetensors: {FULL}"),
-        (IMPORT, 20_000, f"@/.out.tmp/weights-t00-p00.safetensors: {FULL}"),
+        (IMPORT, 20_000, f"@/.out.tmp/weights-00000.safetensors: {FULL}"),
         (RESUME, 200, f"@/run/config.yaml: {FULL}"),
     ],
 )
@@ -264,9 +264,9 @@ def test_a_disk_that_is_full_when_a_checkpoint_is_saved(place: Path, capfd: pyte
     before = content(place / STEP)
     with limited(20_000):
         assert main(words(RESUME, place)) == 2
-    beside = f"@/run/checkpoints/.step-{STEPS:08d}.tmp/weights-t00-p00.safetensors"
+    beside = f"@/run/checkpoints/.step-{STEPS:08d}.tmp/optimizer-00000.safetensors"
     line = (
-        f"the checkpoint of step {STEPS} was not saved (rank 0: {beside}: {FULL}); older ones are untouched: "
+        f"the checkpoint of step {STEPS} was not saved ({beside}: {FULL}); older ones are untouched: "
         "the same command goes on from the latest"
     )
     assert_says(capfd.readouterr().err, line, place)

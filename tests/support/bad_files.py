@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import fractions
 import shutil
+from typing import Any
 
 import torch
 from bad_input import EXPORT, IMPORT, NEW, NORM, OPTIMIZER, PREPARE, RESUME, STEP, WEIGHTS, Kind
@@ -14,6 +15,7 @@ from spoil import (
     cut,
     edited,
     gone,
+    in_manifest,
     nothing,
     overwritten,
     pickled,
@@ -209,6 +211,14 @@ TOKENIZER = [
     ),
 ]  # fmt: skip
 
+NONE_WHOLE = "@/run/checkpoints has no whole checkpoint, 1 damaged: "
+ANEW = "; set another run_dir to start anew"
+
+
+def without_a_shard(manifest: dict[str, Any]) -> None:
+    manifest["tensors"]["final_norm.weight"]["shards"]["exp_avg"].clear()
+
+
 CHECKPOINT = [
     Kind(
         "no such path", nothing, f"{RESUME} --resume @/none",
@@ -220,55 +230,49 @@ CHECKPOINT = [
     ),
     Kind(
         "a manifest that is cut", cut(f"{STEP}/manifest.json"), RESUME,
-        f"@/{STEP}/manifest.json is damaged (not JSON: …): take another checkpoint",
+        f"{NONE_WHOLE}@/{STEP}/manifest.json is damaged (not JSON: …): take another checkpoint{ANEW}",
     ),
     Kind(
-        "a manifest that lacks what is needed", edited(f"{STEP}/manifest.json", lambda m: m.pop("step") and None),
-        RESUME, f"@/{STEP}/manifest.json is damaged: it says nothing of step; take another checkpoint",
+        "a manifest that was edited", edited(f"{STEP}/manifest.json", lambda m: m.update(step=3)), RESUME,
+        f"{NONE_WHOLE}@/{STEP}/manifest.json is damaged (it is not what was written): take another checkpoint{ANEW}",
     ),
     Kind(
-        "a manifest that says nonsense", edited(f"{STEP}/manifest.json", lambda m: m.update(layout=[1])), RESUME,
-        f"@/{STEP}/manifest.json is damaged: its layout is no mapping; take another checkpoint",
+        "a manifest that lacks what is needed", in_manifest(STEP, lambda m: m.pop("step") and None), RESUME,
+        f"{NONE_WHOLE}@/{STEP}/manifest.json is damaged: it says nothing of step; take another checkpoint{ANEW}",
     ),
     Kind(
-        "of a newer version", edited(f"{STEP}/manifest.json", lambda m: m.update(version=2)), RESUME,
-        f"@/{STEP}/manifest.json is 'farspan-checkpoint' version 2; this Farspan reads 'farspan-checkpoint' version 1: "
-        "take the Farspan that wrote it",
-    ),
-    Kind("weights that are cut", cut(WEIGHTS), RESUME, f"@/{WEIGHTS} is damaged (…): take another checkpoint"),
-    Kind(
-        "weights that are missing", gone(WEIGHTS), RESUME,
-        f"@/{WEIGHTS} is missing: the checkpoint is not whole, take another",
+        "a manifest that says nonsense", in_manifest(STEP, lambda m: m.update(layout=[1])), RESUME,
+        f"{NONE_WHOLE}@/{STEP}/manifest.json is damaged: its layout is no mapping; take another checkpoint{ANEW}",
     ),
     Kind(
-        "weights with a damaged header", overwritten(WEIGHTS, 20, b"\xff\0\xff"), RESUME,
-        f"@/{WEIGHTS} is damaged (… header …): take another checkpoint",
+        "of a newer version", in_manifest(STEP, lambda m: m.update(version=3)), RESUME,
+        f"{NONE_WHOLE}@/{STEP}/manifest.json is 'farspan-checkpoint' version 3; this Farspan reads "
+        f"'farspan-checkpoint' version 2: take the Farspan that wrote it{ANEW}",
     ),
     Kind(
-        "weights without a tensor", with_tensors(WEIGHTS, lambda t: t.pop("final_norm.weight")), RESUME,
-        f"@/{WEIGHTS} lacks final_norm.weight: the checkpoint is not whole, take another",
+        "that is asked for and damaged", cut(WEIGHTS), f"{RESUME} --resume @/{STEP}",
+        f"@/{WEIGHTS} is damaged (…): take another checkpoint",
+    ),
+    *(
+        Kind(f"{what} {how}", harm(file), RESUME, f"{NONE_WHOLE}@/{file} is {said}{ANEW}")
+        for what, file in (("weights", WEIGHTS), ("optimizer state", OPTIMIZER))
+        for how, harm, said in (
+            ("that are cut", cut, "damaged (it has … bytes, … were written): take another checkpoint"),
+            ("that are missing", gone, "missing: the checkpoint is not whole, take another"),
+            (
+                "with another header", lambda name: overwritten(name, 20, b"\xff\0\xff"),
+                "damaged (bytes 0 to … are not those that were written): take another checkpoint",
+            ),
+        )
     ),
     Kind(
         "weights of another shape",
         with_tensors(WEIGHTS, lambda t: t.update({"final_norm.weight": torch.ones(5)})), RESUME,
-        f"@/{WEIGHTS} has final_norm.weight as F32 [5], manifest.json says that it is a weight of shape [32]: the "
-        "checkpoint is not whole, take another",
+        f"{NONE_WHOLE}@/{WEIGHTS} is damaged (it has … bytes, … were written): take another checkpoint{ANEW}",
     ),
     Kind(
-        "optimizer state that is cut", cut(OPTIMIZER), RESUME, f"@/{OPTIMIZER} is damaged (…): take another checkpoint",
-    ),
-    Kind(
-        "optimizer state that is missing", gone(OPTIMIZER), RESUME,
-        f"@/{OPTIMIZER} is missing: the checkpoint is not whole, take another",
-    ),
-    Kind(
-        "weights alone", edited(f"{STEP}/manifest.json", lambda m: m.update(layout={})), RESUME,
+        "weights alone", in_manifest(STEP, lambda m: m.update(layout={})), RESUME,
         f"@/{STEP} has weights but no optimizer state: set checkpoint.initialize_from to start from it",
-    ),
-    Kind(
-        "of another layout", edited(f"{STEP}/manifest.json", lambda m: m["layout"].update(tensor=2)), RESUME,
-        f"@/{STEP} was saved with tensor 2, … and cannot continue with tensor 1, …: start the same layout, or set "
-        "checkpoint.initialize_from (weights only) and another run_dir",
     ),
     Kind(
         "of other data", edited(MANIFEST, lambda m: m.update(made="again")), RESUME,
@@ -289,8 +293,9 @@ CHECKPOINT = [
         "'megatron-bert': set one to fit the other",
     ),
     Kind(
-        "optimizer state that is not whole", with_tensors(OPTIMIZER, lambda t: t.pop("3.exp_avg")), RESUME,
-        "the saved optimizer state is not of the … tensors that this rank has: …; take another checkpoint",
+        "optimizer state that is not whole", in_manifest(STEP, without_a_shard), RESUME,
+        f"{NONE_WHOLE}@/{STEP}/manifest.json is damaged: it does not say where 'final_norm.weight' lies; take another "
+        f"checkpoint{ANEW}",
     ),
     Kind(
         "a run without a checkpoint of another configuration", gone("run/checkpoints"), f"{RESUME} training.seed=7",
@@ -339,16 +344,15 @@ CONVERSION = [
     Kind("an export of cut weights", cut(WEIGHTS), EXPORT, f"@/{WEIGHTS} is damaged (…): take another checkpoint"),
     Kind(
         "an export of an unknown architecture",
-        edited(f"{STEP}/manifest.json", lambda m: m["model"].update(model_type="gpt")), EXPORT,
+        in_manifest(STEP, lambda m: m["model"].update(model_type="gpt")), EXPORT,
         f"@/{STEP}/manifest.json: model_type 'gpt' is unknown: choose one of …roberta-prelayernorm…",
     ),
     Kind(
-        "an export of unknown heads", edited(f"{STEP}/manifest.json", lambda m: m.update(heads=["lm", "x"])), EXPORT,
+        "an export of unknown heads", in_manifest(STEP, lambda m: m.update(heads=["lm", "x"])), EXPORT,
         f"@/{STEP}/manifest.json: roberta-prelayernorm has no head 'x', only lm",
     ),
     Kind(
-        "an export of other sizes", edited(f"{STEP}/manifest.json", lambda m: m["model"].update(hidden_size=64)),
-        EXPORT,
+        "an export of other sizes", in_manifest(STEP, lambda m: m["model"].update(hidden_size=64)), EXPORT,
         f"embeddings.words.weight in @/{STEP} has shape (300, 32), the model needs (300, 64): the checkpoint is of "
         "another model configuration",
     ),

@@ -13,7 +13,7 @@ from spoil import Harm, added, both, gone, nothing, written
 
 STEPS, STOP = 4, 2
 STEP = f"run/checkpoints/step-{STOP:08d}"
-WEIGHTS, OPTIMIZER = f"{STEP}/weights-t00-p00.safetensors", f"{STEP}/optimizer-00000.safetensors"
+WEIGHTS, OPTIMIZER = f"{STEP}/weights-00000.safetensors", f"{STEP}/optimizer-00000.safetensors"
 NORM = "roberta_prelayernorm.LayerNorm.weight"
 
 RESUME = "train @/run.yaml"

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from checkpoints import edit as edit_manifest
 from safetensors.torch import load_file, save_file
 
 Harm = Callable[[Path], Any]
@@ -56,6 +57,11 @@ def edited(name: str, change: Callable[[Any], Any]) -> Harm:
         (place / name).write_text(json.dumps(value if changed is None else changed))
 
     return harm
+
+
+def in_manifest(folder: str, change: Callable[[Any], Any]) -> Harm:
+    """The manifest of a checkpoint, with the checksum that fits."""
+    return lambda place: edit_manifest(place / folder, change)
 
 
 def overwritten(name: str, at: int, content: bytes) -> Harm:
