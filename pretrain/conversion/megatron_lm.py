@@ -262,8 +262,7 @@ class _Source:
         else:
             notes.append("it has no token types: their table is zero")
         config["num_attention_heads"] = self._head_count(heads, config)
-        config["hidden_act"] = self._activation(activation, notes)
-        return config
+        return config | self._activations(activation)
 
     def _head_count(self, given: int | None, config: Mapping[str, Any]) -> int:
         said = self._number("num_attention_heads")
@@ -283,19 +282,16 @@ class _Source:
             raise ValueError(f"{self.where} has heads of {self.args['kv_channels']} features, not hidden_size / heads")
         return count
 
-    def _activation(self, given: str | None, notes: list[str]) -> str:
+    def _activations(self, given: str | None) -> dict[str, str]:
         """gelu, exact or by its tanh approximation: ``openai_gelu`` is the latter; so is what bias_gelu_fusion computes
         (megatron/model/fused_bias_gelu.py), the default since January 2021, in the layers alone; else it is exact."""
         if given is not None:
-            return given
+            return {"hidden_act": given}
         if self.args.get("openai_gelu"):
-            return "gelu_new"
+            return {"hidden_act": "gelu_new"}
         if self.args.get("bias_gelu_fusion") and not self.args.get("onnx_safe"):
-            if "lm" in self.heads:
-                notes.append("Megatron-LM's fused gelu in its layers was the tanh approximation, in its lm_head the "
-                             "exact one: here both are the approximation")  # fmt: skip
-            return "gelu_new"
-        return "gelu"
+            return {"hidden_act": "gelu_new", "head_act": "gelu"}
+        return {"hidden_act": "gelu"}
 
     def vocabulary(self, given: int | None, of_tokenizer: int | None, notes: list[str]) -> int:
         """The number of tokens, without rows that pad."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pydantic import Field, model_validator
+
+from ...kernels.activation import ACTIVATIONS
 from .bert import BertModel, embedding_keys, head_aliases, head_keys
 from .config import ModelConfig
 from .dense_attention import DenseAttention, DenseAttentionConfig, dense_flops_per_row, dense_keys
@@ -18,6 +21,26 @@ class MegatronBertConfig(DenseAttentionConfig):
     num_attention_heads: int = TransformerConfig.with_default("num_attention_heads", 16)
     intermediate_size: int = ModelConfig.with_default("intermediate_size", 4096)
     pad_token_id: int | None = ModelConfig.with_default("pad_token_id", 0)
+    head_act: str | None = Field(
+        None, description="activation of the head's dense layer; null: hidden_act (Megatron-LM's fused gelu is the "
+        "tanh approximation in its layers alone)",
+    )  # fmt: skip
+
+    @model_validator(mode="after")
+    def _check_head_activation(self) -> MegatronBertConfig:
+        if self.head_act is not None and self.head_act not in ACTIVATIONS:
+            raise ValueError(f"head_act {self.head_act!r} is unknown: choose one of {', '.join(ACTIVATIONS)}")
+        return self
+
+    @property
+    def export_note(self) -> str | None:
+        notes = [super().export_note]
+        if self.head_act not in (None, self.hidden_act):
+            notes.append(
+                f"transformers has no head_act: its head computes {self.hidden_act} where this model has "
+                f"{self.head_act}, and its logits differ a little"
+            )
+        return "; ".join(note for note in notes if note) or None
 
 
 class MegatronBert(BertModel):
@@ -29,6 +52,9 @@ class MegatronBert(BertModel):
 
     def make_layer(self, index: int) -> PreNormLayer:
         return PreNormLayer(self.config, self.mesh, index, DenseAttention(self.config, self.mesh, index))
+
+    def head_activation(self) -> str:
+        return self.config.head_act or self.config.hidden_act
 
     def uses_position_table(self) -> bool:
         return self.config.position_embedding_type == "absolute"
