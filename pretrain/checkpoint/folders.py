@@ -12,12 +12,13 @@ checkpoints/
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..files import sync, write_text
+from ..files import replacing, sync
 from .manifest import MANIFEST, Manifest
 
 _STEP = re.compile(r"step-(\d{8,})")
@@ -115,18 +116,19 @@ def clear(root: Path) -> None:
 def publish(beside: Path, final: Path) -> None:
     """Give a checkpoint that is whole its name, and let ``latest`` name it.  An OSError leaves an older one there."""
     sync(beside)
-    if final.exists():  # saved before by a run that was resumed from further back
-        old = _hide(final)
+    with replacing(final.parent / "latest") as pointer:
+        pointer.write(f"{final.name}\n".encode())
+        pointer.flush()  # a full disk says so here: what follows needs no room
+        os.fsync(pointer.fileno())
+        # Saved before by a run that was resumed from further back; ``forget`` removes it.
+        old = _hide(final) if final.exists() else None
         try:
             beside.replace(final)
         except OSError:
-            old.replace(final)
+            if old is not None:
+                old.replace(final)
             raise
-        remove(old)
-    else:
-        beside.replace(final)
-    sync(final.parent)
-    write_text(final.parent / "latest", final.name + "\n")
+        sync(final.parent)
 
 
 def forget(root: Path, newest: Path, retention: Retention) -> None:
@@ -146,5 +148,8 @@ def _hide(folder: Path) -> Path:
 
 
 def remove(folder: Path) -> None:
-    if folder.exists():
+    """It, whatever it is."""
+    if folder.is_symlink() or folder.is_file():
+        folder.unlink()
+    elif folder.exists():
         shutil.rmtree(folder)
