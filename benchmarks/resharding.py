@@ -6,9 +6,10 @@ uninterrupted run on one rank; resumed under the layout that saved it, a run mus
 the bit.  Dropout 0.1, real text, batch size and learning rate change on the way; an evaluation at the save.  Up to four
 ranks on a CPU.  In bfloat16 and float16, a few of the layouts; the limit is what two seeds differ by.
 
-    python benchmarks/resharding.py [--architectures mega …] [--dtypes float32 bfloat16 …] [--out benchmarks/resharding]
+    python benchmarks/resharding.py [--architectures mega …] [--dtypes float32 bfloat16 …] [--continue]
+                                     [--out benchmarks/resharding]
 
-With --out, what is measured replaces its part of the page, and the others stay.
+With --out, what is measured replaces its part of the page, and the others stay; with --continue what is there stays.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from farspan.pretrain import checkpoint as ckpt  # noqa: E402
 
 LIMIT = 1e-4  # float32, relative: of losses and gradient norms of every step, and of tensors after the last
 STEPS, SAVE = 40, 20
+PACKAGES = ("torch", "megatron-core", "deepspeed")
 
 
 def _layout(tensor: int = 1, pipeline: int = 1, data: int = 1, **more: Any) -> dict[str, Any]:
@@ -82,7 +84,7 @@ DTYPES: dict[str, dict[str, Any]] = {
 }
 IN_16_BITS = "roberta-prelayernorm"
 # From which layout to which others there.
-SHORTER = {
+SHORTER: dict[str, tuple[str, ...]] = {
     "TP2 × PP2 + SP": ("DP4, ZeRO 1", "DP2, ZeRO 3, offload"),
     "DP4, ZeRO 3": ("PP4", "PP2 × DP2, ZeRO 0"),
     "PP2 interleaved": ("TP4 + SP, microbatches of 4", "DP4, ZeRO 1"),
@@ -175,8 +177,7 @@ def identical(run: Run, expected: Run) -> bool:
 
 
 class Trials:
-    """Runs of one configuration under many layouts, each in fresh processes: what DeepSpeed numbers in a process that
-    lives on would tell ranks with different pasts apart."""
+    """Runs of one configuration under many layouts."""
 
     def __init__(self, pool: Ranks, data: Path, folder: Path, overrides: Mapping[str, Any]) -> None:
         self.pool, self.data, self.folder = pool, data, folder
@@ -185,7 +186,9 @@ class Trials:
 
     def train(self, name: str, overrides: Mapping[str, Any], **options: Any) -> Run:
         """Train in a folder of this name, or go on there."""
-        self.pool.stop()
+        if overrides.get("parallel.zero_stage") == 3:
+            # DeepSpeed numbers modules for as long as a process lives, and compares the numbers of all ranks.
+            self.pool.stop()
         folder = self.folder / name
         values = settings(self.data, folder, STEPS, self.overrides | dict(overrides))
         errors = self.pool.run(train_here, values, count=ranks_of(values), seconds=600, **options)
@@ -210,89 +213,104 @@ class Trials:
         return self.train(folder.name, LAYOUTS[target])
 
 
-def measure(trials: Trials, pairs: Mapping[str, tuple[str, ...]], limit: Differences) -> dict[str, Any]:
-    """From every layout to its others, and to itself."""
-    single = trials.whole("1 rank")
-    same, cells = {}, []
+def layouts_of(dtype: str) -> dict[str, tuple[str, ...]]:
+    """Under which layouts a run is saved, and under which it goes on from each."""
+    return {source: tuple(RESUMED) for source in SAVED} if dtype == "float32" else SHORTER
+
+
+def measured(
+    pool: Ranks,
+    data: Path,
+    folder: Path,
+    architecture: str,
+    dtype: str,
+    result: dict[str, Any],
+    keep: Callable[[], None] = lambda: None,
+) -> None:
+    """Fill in what ``result`` does not have yet; ``keep`` is called whenever a row is added."""
+    rows, pairs = result.setdefault("rows", {}), layouts_of(dtype)
+    if all(source in rows for source in pairs):
+        return
+    trials = Trials(pool, data, folder, ARCHITECTURES[architecture] | DTYPES[dtype])
+    single, limit = trials.whole("1 rank"), Differences(*[LIMIT] * 5)
+    if dtype != "float32":
+        limit = Differences.of(trials.train("another seed", {"training.seed": 4321}), single, SAVE)
+    steps = single.steps()
+    result["losses"] = {step: steps[step - 1][0] for step in (1, SAVE, STEPS)}
+    result["limit"] = dataclasses.asdict(limit)
     for source, targets in pairs.items():
+        if source in rows:
+            continue
+        began, cells = time.monotonic(), {}
         run = trials.resumed(source, source)
-        same[source] = identical(run, trials.whole(source))
+        same = identical(run, trials.whole(source))
         shutil.rmtree(run.folder)
         for target in targets:
             run = trials.resumed(source, target)
             found = Differences.of(run, single, SAVE)
-            cells.append({"from": source, "to": target, "held": found.within(limit)} | dataclasses.asdict(found))
+            cells[target] = {"held": found.within(limit)} | dataclasses.asdict(found)
             shutil.rmtree(run.folder)
-        losses = " ".join(f"{cell['loss']:.1e}" for cell in cells[-len(targets) :])
-        print(f"  saved under {source}: the same bit-equal {same[source]}, others {losses}", flush=True)
-    steps = single.steps()
-    return {
-        "first_loss": steps[0][0],
-        "saved_loss": steps[SAVE - 1][0],
-        "last_loss": steps[-1][0],
-        "limit": dataclasses.asdict(limit),
-        "same": same,
-        "cells": cells,
-    }
+        losses = " ".join(f"{cell['loss']:.1e}" for cell in cells.values())
+        print(f"  saved under {source}: the same bit-equal {same}, others {losses}", flush=True)
+        seconds = round(time.monotonic() - began)
+        rows[source] = {"same": same, "cells": cells, "seconds": seconds, "about": about(*PACKAGES)}
+        keep()
 
 
-def measured(pool: Ranks, data: Path, folder: Path, architecture: str, dtype: str) -> dict[str, Any]:
-    began = time.monotonic()
-    kind = ARCHITECTURES[architecture] | DTYPES[dtype]
-    trials = Trials(pool, data, folder, kind)
-    if dtype == "float32":
-        limit = Differences(*[LIMIT] * 5)
-        result = measure(trials, {source: tuple(RESUMED) for source in SAVED}, limit)
-    else:
-        seed = trials.train("another seed", {"training.seed": 4321})
-        limit = Differences.of(seed, trials.whole("1 rank"), SAVE)
-        result = measure(trials, SHORTER, limit)
-    packages = about("torch", "megatron-core", "deepspeed")
-    return {"about": packages, "seconds": round(time.monotonic() - began)} | result
+def is_held(result: Mapping[str, Any], dtype: str) -> bool:
+    """Whether every cell was measured and is within its limit."""
+    rows = result["rows"]
+    return set(rows) == set(layouts_of(dtype)) and all(
+        row["same"] and all(cell["held"] for cell in row["cells"].values()) for row in rows.values()
+    )
 
 
 def table(architecture: str, dtype: str, result: Mapping[str, Any]) -> list[str]:
     """The part of the page that one architecture has."""
-    cells = {(cell["from"], cell["to"]): cell for cell in result["cells"]}
-    targets = list(dict.fromkeys(cell["to"] for cell in result["cells"]))
-    held, same = sum(cell["held"] for cell in cells.values()), result["same"]
+    rows, pairs = result["rows"], layouts_of(dtype)
+    cells = [cell for row in rows.values() for cell in row["cells"].values()]
+    targets = [target for target in RESUMED if any(target in others for others in pairs.values())]
+    held, same = sum(cell["held"] for cell in cells), sum(row["same"] for row in rows.values())
 
     def said(cell: Mapping[str, Any] | None) -> str:
         if cell is None:
             return ""
         return f"{cell['loss']:.1e} / {cell['gradient_norm']:.1e}" + ("" if cell["held"] else " **NOT HELD**")
 
-    def worst(key: str) -> str:
-        return f"{max(cell[key] for cell in cells.values()):.1e} (limit {result['limit'][key]:.0e})"
+    def worst(key: str, words: str) -> str:
+        return f"{words} {max(cell[key] for cell in cells):.1e} (limit {result['limit'][key]:.0e})"
 
+    first, saved, last = result["losses"].values()
     lines = [
-        f"## {architecture}, {dtype}: {held} of {len(cells)} held, same layout bit-equal {sum(same.values())} of "
-        f"{len(same)}",
+        f"## {architecture}, {dtype}: {held} of {sum(map(len, pairs.values()))} held, same layout bit-equal {same} of "
+        f"{len(pairs)}",
         "",
-        f"Loss {result['first_loss']:.3f} at first, {result['saved_loss']:.3f} when saved, {result['last_loss']:.3f} "
-        f"at the end. Worst relative difference from the uninterrupted run: losses {worst('loss')}, gradient norms "
-        f"{worst('gradient_norm')}, validation losses {worst('validation')}, weights after step {STEPS} "
-        f"{worst('weights')}, moments {worst('moments')}. {result['seconds']} s.",
+        f"Loss {first:.3f} at first, {saved:.3f} when saved, {last:.3f} at the end. Worst relative difference:",
+        f"{worst('loss', 'losses')}, {worst('gradient_norm', 'gradient norms')},",
+        f"{worst('validation', 'validation loss')},",
+        f"{worst('weights', 'weights at the end')}, {worst('moments', 'moments')}.",
         "",
-        f"| saved under | resumed under the same | {' | '.join(targets)} |",
+        f"| saved under | the same | {' | '.join(targets)} |",
         "|---" * (len(targets) + 2) + "|",
     ]
-    for source, equal in same.items():
-        row = [said(cells.get((source, target))) for target in targets]
-        lines.append(f"| {source} | {'bit-equal' if equal else '**NOT EQUAL**'} | {' | '.join(row)} |")
-    found = result["about"]
-    return [*lines, "", f"Commit {found['commit']}, {found['date']}.", ""]
+    for source, row in rows.items():
+        equal = "bit-equal" if row["same"] else "**NOT EQUAL**"
+        lines.append(f"| {source} | {equal} | {' | '.join(said(row['cells'].get(target)) for target in targets)} |")
+    when = dict.fromkeys(f"{row['about']['commit']}, {row['about']['date']}" for row in rows.values())
+    seconds = sum(row["seconds"] for row in rows.values())
+    return [*lines, "", f"Commit {'; '.join(when)}; {seconds / 60:.0f} minutes.", ""]
 
 
 def page(results: Mapping[str, Mapping[str, Any]]) -> str:
     """``results``: by architecture and dtype, "mega, float32"."""
-    latest = max(results.values(), key=lambda result: result["about"]["date"])["about"]
+    found = [row["about"] for result in results.values() for row in result["rows"].values()]
+    latest = max(found, key=lambda one: one["date"])
     lines = [
         "# Resumed under another layout, measured",
         "",
         f"A run of {STEPS} steps is saved at step {SAVE} under one layout and goes on under another; what follows is",
         "compared with the run on one rank that was never stopped: the largest relative difference of a step's loss /",
-        f"gradient norm over steps {SAVE + 1} to {STEPS}. Weights and moments (masters in 16 bits) at the end are",
+        f"gradient norm over steps {SAVE + 1} to {STEPS}. Weights (in 16 bits masters) and moments at the end are",
         "compared as whole logical tensors, relative to each one's largest value. Tiny models of four layers, dropout",
         "0.1, real text, a batch that grows from 8 to 16 rows after the save, learning rate on a cosine, evaluation at",
         "the save. TP: tensor ranks, SP: sequence parallelism, PP: pipeline ranks, DP: replicas; gloo, on a CPU.",
@@ -303,21 +321,22 @@ def page(results: Mapping[str, Mapping[str, Any]]) -> str:
         *bullets({key: value for key, value in latest.items() if key not in ("date", "commit")}),
         "",
     ]
-    order = [f"{architecture}, {dtype}" for dtype in DTYPES for architecture in ARCHITECTURES]
-    for name in order:
-        if name in results:
-            lines += table(*name.split(", "), results[name])
+    for dtype in DTYPES:
+        for architecture in ARCHITECTURES:
+            if name_of(architecture, dtype) in results:
+                lines += table(architecture, dtype, results[name_of(architecture, dtype)])
     return "\n".join(lines)
 
 
-def held(result: Mapping[str, Any]) -> bool:
-    return all(cell["held"] for cell in result["cells"]) and all(result["same"].values())
+def name_of(architecture: str, dtype: str) -> str:
+    return f"{architecture}, {dtype}"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architectures", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--continue", dest="goes_on", action="store_true", help="measure only what PATH.json lacks")
     parser.add_argument("--out", metavar="PATH", help="write PATH.md and PATH.json")
     arguments = parser.parse_args()
     out = Path(arguments.out) if arguments.out else None
@@ -325,23 +344,28 @@ def main() -> int:
     if out is not None and out.with_suffix(".json").is_file():
         results = json.loads(out.with_suffix(".json").read_text())
     wanted = [(a, d) for d in arguments.dtypes for a in arguments.architectures if d == "float32" or a == IN_16_BITS]
+
+    def keep() -> None:
+        if out is not None:
+            out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+            out.with_suffix(".md").write_text(page(results))
+
     server = ForkServer()
     pool = Ranks(server)
     try:
         with tempfile.TemporaryDirectory() as folder:
             data = prepare_text(Path(folder))
             for architecture, dtype in wanted:
-                name = f"{architecture}, {dtype}"
+                name = name_of(architecture, dtype)
                 print(name, flush=True)
-                results[name] = measured(pool, data, Path(folder) / name, architecture, dtype)
-                if out is not None:
-                    out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-                    out.with_suffix(".md").write_text(page(results))
+                known = results.get(name, {}) if arguments.goes_on else {}
+                results[name] = known
+                measured(pool, data, Path(folder) / name, architecture, dtype, known, keep)
     finally:
         pool.stop()
         server.stop()
     print(page(results))
-    return 0 if all(held(results[f"{architecture}, {dtype}"]) for architecture, dtype in wanted) else 1
+    return 0 if all(is_held(results[name_of(*one)], one[1]) for one in wanted) else 1
 
 
 if __name__ == "__main__":
