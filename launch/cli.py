@@ -1,4 +1,4 @@
-"""The command line: ``farspan prepare | train | convert | bench | kernels | doctor | version``.
+"""The command line: ``farspan prepare | train | checkpoint | convert | bench | kernels | doctor | version``.
 
 Whatever is slow to import is imported inside the command that needs it, so that ``farspan --help`` answers at once.
 """
@@ -126,6 +126,13 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
         "--stop-after", type=_positive, metavar="STEP", help="save and stop after this step; run again to go on"
     )
     train.set_defaults(run=_train, parser=train)
+
+    checkpoint = commands.add_parser("checkpoint", help="list checkpoints, verify them, compare two")
+    checkpoint.set_defaults(parser=checkpoint)
+    if command == "checkpoint":
+        from .checkpoints import add_arguments as add_checkpoint_arguments
+
+        add_checkpoint_arguments(checkpoint)
 
     convert = commands.add_parser("convert", help="convert checkpoints and models from elsewhere")
     convert.set_defaults(parser=convert)
