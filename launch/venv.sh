@@ -33,3 +33,13 @@ make_venv() {
   rm -f ".venv/$extra"-*
   touch "$stamp"
 }
+
+# make_tensorflow_venv: .venv-tensorflow with TensorFlow alone, unless it is there already.
+make_tensorflow_venv() {
+  local stamp=".venv-tensorflow/$(cksum <constraints.txt | tr ' ' '-')"
+  [[ -e $stamp ]] && return
+  echo "== install TensorFlow into .venv-tensorflow (once)"
+  "$(find_python)" -m venv --clear .venv-tensorflow || fail "could not make a virtual environment: see above"
+  .venv-tensorflow/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt tensorflow-cpu
+  touch "$stamp"
+}

@@ -3,9 +3,13 @@
 #
 #   ./tests/run.sh [pytest's arguments]      such as: ./tests/run.sh tests/kernels -k dropout
 #
+# Without arguments everything runs, in FARSPAN_TEST_WORKERS processes (2), and then alone what measures time or memory.
+#
 # Uses the active virtual environment where this clone and its test extra are installed in it.  Else it makes .venv in
 # the clone the first time, and installs what constraints.txt pins; later only where that has changed.
-# FARSPAN_PYTHON=python3.x names the interpreter that makes .venv.
+# FARSPAN_PYTHON=python3.x names the interpreter that makes .venv.  TensorFlow, which reads its own checkpoints, gets an
+# environment of its own, .venv-tensorflow: where it is installed, TensorBoard loads it into every process that logs.
+# FARSPAN_TENSORFLOW_PYTHON names an interpreter that has it already.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
@@ -20,7 +24,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-ready = all(find_spec(name) for name in ("hypothesis", "matplotlib", "mypy", "pytest", "pytest_timeout", "ruff", "transformers"))
+ready = all(find_spec(name) for name in ("hypothesis", "matplotlib", "mypy", "pytest", "pytest_timeout", "ruff", "transformers", "xdist"))
 spec = find_spec("farspan")
 sys.exit(not (ready and spec and Path(spec.origin).resolve().parent == Path(sys.argv[1])))
 PYTHON
@@ -31,6 +35,8 @@ if [[ -n ${VIRTUAL_ENV:-} ]] && is_ready "$VIRTUAL_ENV/bin/python"; then
 else
   make_venv test
   python=$root/.venv/bin/python
+  [[ -n ${FARSPAN_TENSORFLOW_PYTHON:-} ]] || make_tensorflow_venv
+  export FARSPAN_TENSORFLOW_PYTHON=${FARSPAN_TENSORFLOW_PYTHON:-$root/.venv-tensorflow/bin/python}
 fi
 
 echo "== ruff"
@@ -46,4 +52,9 @@ ln -s "$root" "$package/farspan"
 
 echo "== pytest"
 # -P: the clone's folder `kernels` must not pass for the package of that name that transformers looks for.
-"$python" -P -m pytest "$@"
+if (($#)); then
+  "$python" -P -m pytest "$@"
+else
+  "$python" -P -m pytest -n "${FARSPAN_TEST_WORKERS:-2}" --dist loadfile -m "not alone"
+  "$python" -P -m pytest -m alone
+fi
