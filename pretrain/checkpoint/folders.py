@@ -12,6 +12,7 @@ checkpoints/
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 import shutil
@@ -21,7 +22,7 @@ from pathlib import Path
 from ..files import replacing, sync
 from .manifest import MANIFEST, Manifest
 
-_STEP = re.compile(r"step-(\d{8,})")
+_STEP = re.compile(r"step-[0-9]{8,18}")
 
 
 def step_folder(root: Path, step: int) -> Path:
@@ -50,9 +51,9 @@ def candidates(root: Path) -> list[Path]:
     found = sorted((p for p in root.iterdir() if _STEP.fullmatch(p.name)), key=step_of, reverse=True)
     pointer = root / "latest"
     name = pointer.read_text(encoding="utf-8", errors="replace").strip() if pointer.is_file() else ""
-    newest = next((step_of(folder) for folder in found if folder.name == name), None)
-    if newest is None:
+    if not _STEP.fullmatch(name):
         return found
+    newest = step_of(root / name)  # it may be gone: those after it are left behind all the same
     return [p for p in found if step_of(p) <= newest] + [p for p in found if step_of(p) > newest]
 
 
@@ -104,7 +105,7 @@ def validation_loss(folder: Path) -> float | None:
         loss = Manifest.read(folder).metrics.get("validation_loss")
     except (ValueError, OSError):
         return None
-    return float(loss) if isinstance(loss, int | float) else None
+    return float(loss) if isinstance(loss, int | float) and math.isfinite(loss) else None
 
 
 def clear(root: Path) -> None:
@@ -132,12 +133,18 @@ def publish(beside: Path, final: Path) -> None:
 
 
 def forget(root: Path, newest: Path, retention: Retention) -> None:
-    """Remove what is not to be kept now that ``newest`` is there, and what an interrupted save left."""
-    for leftover in root.glob(".step-*"):
-        remove(leftover)
+    """Remove what is not to be kept now that ``newest`` is there, and what an interrupted save left.  OSError where
+    something cannot be removed; everything else is."""
+    problems: list[OSError] = []
     # Later ones, of a run that went back, are none of this run's until it has come to them.
-    for folder in retention.forgotten([p for p in steps(root) if step_of(p) <= step_of(newest)]):
-        remove(_hide(folder))
+    going = retention.forgotten([p for p in steps(root) if step_of(p) <= step_of(newest)])
+    for folder in (*root.glob(".step-*"), *going):
+        try:
+            remove(_hide(folder) if folder in going else folder)
+        except OSError as error:
+            problems.append(error)
+    if problems:
+        raise problems[0]
 
 
 def _hide(folder: Path) -> Path:
@@ -148,7 +155,7 @@ def _hide(folder: Path) -> Path:
 
 
 def remove(folder: Path) -> None:
-    """It, whatever it is."""
+    """It, whatever it is; of a link nothing but itself."""
     if folder.is_symlink() or folder.is_file():
         folder.unlink()
     elif folder.exists():

@@ -32,7 +32,8 @@ from .tensor_file import copy_checked, write_tensors
 
 @dataclasses.dataclass(frozen=True)
 class Saved:
-    """How a save ended, the same on every rank but for the times, which are this rank's.
+    """How a save ended, the same on every rank but for the times, which are this rank's, and for ``bytes`` and
+    ``warning``, which the writer knows.
 
     ``problem``: why there is no checkpoint, in words; None: there is one.  ``warning``: what went wrong after it was
     there.  ``stall_seconds``: how long training stood still for it; ``seconds``: from its beginning to its end.
@@ -160,7 +161,10 @@ class Saver:
             pending.work.join()
         saved = self._next_stage(pending) if wait or self._all_over(pending.work) else None
         pending.stall += time.perf_counter() - began
-        return None if saved is None else self._ended(dataclasses.replace(saved, stall_seconds=pending.stall))
+        if saved is None:
+            return None
+        seconds = time.perf_counter() - pending.began
+        return self._ended(dataclasses.replace(saved, stall_seconds=pending.stall, seconds=seconds))
 
     def _all_over(self, work: _Work) -> bool:
         if self.mesh.size == 1:
@@ -172,7 +176,7 @@ class Saver:
     def _next_stage(self, pending: _Pending) -> Saved | None:
         """All ranks have ended the stage they were in: begin the next, or say how the save has ended."""
         problem, result = self.mesh.first_problem(pending.work.outcome()), pending.work.result
-        saved = Saved(pending.manifest.step, pending.final, pending.bytes, 0.0, time.perf_counter() - pending.began)
+        saved = Saved(pending.manifest.step, pending.final, pending.bytes, 0.0, 0.0)
         if problem is not None:
             if self.mesh.is_writer:  # a full disk has better use for the room
                 shutil.rmtree(pending.beside, ignore_errors=True)

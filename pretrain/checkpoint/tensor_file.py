@@ -159,7 +159,8 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or str(path)
+        if error.errno is not None and error.filename is None:  # else it has words of its own
+            error.filename = str(path)
         raise
 
 

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from farspan.parallel.layers import padded_vocabulary
-from farspan.parallel.mesh import Axis
-from farspan.parallel.parts import Part
+from farspan.parallel.mesh import Axis, Mesh
+from farspan.parallel.parts import Part, Piece
 from farspan.parallel.sharding import Logical
+from farspan.pretrain.checkpoint.folders import Retention
 from farspan.pretrain.checkpoint.manifest import Entry, Manifest, Shard, merge_entries
-from farspan.pretrain.checkpoint.reader import tensor_key
+from farspan.pretrain.checkpoint.reader import Reader, tensor_key
+from farspan.pretrain.checkpoint.saver import Saved, Saver
 from farspan.pretrain.checkpoint.tensor_file import checksum, write_tensors
 
 
@@ -138,3 +140,55 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 def randoms(logical: Mapping[str, Logical], dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {name: torch.randn(x.shape, generator=generator).to(dtype) for name, x in logical.items()}
+
+
+# Saves of one process.
+
+ALL = Retention()
+SHAPES = {"a.weight": (5, 3), "b.bias": (7,)}
+
+
+def state_at(step: int) -> dict[str, Tensor]:
+    return {name: torch.full(shape, float(step)) + torch.arange(shape[-1]) for name, shape in SHAPES.items()}
+
+
+def pieces_at(step: int) -> list[Piece]:
+    """Weights and a moment, which say the step."""
+    whole = {name: (Part.whole(tuple(x.shape)), x.view(-1)) for name, x in state_at(step).items()}
+    weights = [Piece("weight", name, part, values, True) for name, (part, values) in whole.items()]
+    return weights + [Piece("exp_avg", name, part, -values, True) for name, (part, values) in whole.items()]
+
+
+def manifest_at(step: int, loss: float | None = None) -> Manifest:
+    return Manifest(step, {"size": 3}, ("lm",), metrics={} if loss is None else {"validation_loss": loss})
+
+
+def save(
+    root: Path,
+    step: int,
+    retention: Retention = ALL,
+    *,
+    asynchronous: bool = False,
+    tokenizer: Path | None = None,
+    loss: float | None = None,
+) -> Saved:
+    """As a process of its own that has come to this step."""
+    saver = Saver(root, Mesh.solo(), retention, asynchronous=asynchronous)
+    ended = saver.save(manifest_at(step, loss), pieces_at(step), dict.fromkeys(SHAPES, float(step)), tokenizer)
+    if asynchronous:
+        assert ended == []
+        ended = [saver.finish()]
+    assert len(ended) == 1 and saver.finish() is None
+    return ended[0]
+
+
+def check_whole(folder: Path) -> int:
+    """All of it is there, and of one step."""
+    reader = Reader(folder)
+    reader.verify()
+    step = reader.manifest.step
+    assert folder.name == f"step-{step:08d}"
+    for name, value in state_at(step).items():
+        assert torch.equal(reader.tensor(name), value) and torch.equal(reader.tensor(name, kind="exp_avg"), -value)
+        assert reader.step(name) == step
+    return step
