@@ -107,6 +107,7 @@ REFUSED: tuple[Mapping[str, Any], ...] = (
     {"parallel.tensor": 2, "ranks": 3},
     {"parallel.data": 2, "ranks": 4},
     {"evaluation.interval": 10, "evaluation.rows": 100, "ranks": 1},
+    {"checkpoint.keep_best": 1},
 )
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -58,13 +60,13 @@ def add_arguments(checkpoint: argparse.ArgumentParser) -> None:
     ls.add_argument("path", metavar="RUN|CHECKPOINT", type=Path, help=place)
     ls.add_argument("--tensors", action="store_true", help="of one checkpoint: every tensor, not sums by layer")
     ls.add_argument("--json", action="store_true", help="as JSON")
-    ls.set_defaults(run=checkpoint_listing.run, parser=ls)
+    ls.set_defaults(run=_while_read(checkpoint_listing.run), parser=ls)
 
     verify = actions.add_parser("verify", help="whether it is whole", description=_VERIFY, formatter_class=raw)
     verify.add_argument("path", metavar="RUN|CHECKPOINT", type=Path, help=place)
     verify.add_argument("--all", action="store_true", help="all checkpoints of a run, not the latest alone")
     verify.add_argument("--jobs", type=_positive, metavar="N", help="files read at once (default: cores, 8 at most)")
-    verify.set_defaults(run=run_verify, parser=verify)
+    verify.set_defaults(run=_while_read(run_verify), parser=verify)
 
     compare = actions.add_parser("diff", help="how two differ", description=_DIFF, formatter_class=raw)
     compare.add_argument(
@@ -76,7 +78,22 @@ def add_arguments(checkpoint: argparse.ArgumentParser) -> None:
         "--tolerance", type=_tolerance, metavar="R", help="relative difference up to which they are the same "
         "(default: none, they are the same to the bit)",
     )  # fmt: skip
-    compare.set_defaults(run=run_diff, parser=compare)
+    compare.set_defaults(run=_while_read(run_diff), parser=compare)
+
+
+def _while_read(action: Callable[[argparse.Namespace], int | None]) -> Callable[[argparse.Namespace], int | None]:
+    """The action, which ends without a word where nobody reads on what it prints (``| head``)."""
+
+    def run(args: argparse.Namespace) -> int | None:
+        try:
+            code = action(args)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its end
+            return 128 + signal.SIGPIPE
+        return code
+
+    return run
 
 
 def _positive(text: str) -> int:

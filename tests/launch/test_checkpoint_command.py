@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +15,9 @@ import pytest
 import yaml
 from checkpoints import content, edit, held, opened, write_checkpoint
 from models import Description
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+import farspan
 from farspan.launch.checkpoint_listing import Listed, reasons_to_keep
 from farspan.launch.cli import main
 from farspan.parallel.mesh import Mesh
@@ -362,8 +365,6 @@ def test_diff_with_a_hugging_face_folder(say, run_folder, tmp_path):
     assert "model's configuration: the same" in lines or any(line.startswith("model.") for line in lines)
     weights = load_file(tmp_path / "hf/model.safetensors")
     weights["bert.encoder.ln.bias"][3] += 1
-    from safetensors.torch import save_file
-
     save_file(
         {name: value.clone() for name, value in weights.items()}, tmp_path / "hf/model.safetensors", {"format": "pt"}
     )
@@ -406,3 +407,24 @@ def test_bad_arguments(arguments, words, say):
 def test_tensors_is_of_one_checkpoint(say, run_folder):
     code, _, err = say("ls", run_folder, "--tensors")
     assert code == 2 and "--tensors is of one checkpoint" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("step", LOSSES)
+def test_the_page_shows_how_a_tensor_is_read(step, run_folder):
+    page = (Path(farspan.__file__).parent / "docs/checkpoints.md").read_text()
+    read, verify = re.findall(r"^```python\n(.*?)^```", page, flags=re.M | re.S)
+    folder = run_folder / f"checkpoints/step-{step:08d}"
+    for name in WEIGHTS:
+        known = {}
+        given = read.replace("runs/mine/checkpoints/step-00001000", str(folder))
+        exec(given.replace("layers.0.attention.qkv.weight", name), known)
+        assert np.array_equal(known["tensor"], (WEIGHTS[name] * 0.1 + step).numpy())
+    exec(verify, known)
+
+
+def test_a_reader_that_has_enough(run_folder, monkeypatch):
+    unread, written = os.pipe()
+    os.close(unread)
+    with os.fdopen(written, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert main(["checkpoint", "ls", str(run_folder)]) == 141
