@@ -16,6 +16,7 @@ from .tensor_file import CheckedFile, TensorFile
 
 _PORTION = 2**24  # values that are read at once where they are copied to several places
 _LONG_RUN = 4096  # bytes from which a run is worth a read of its own
+_OPEN_FILES = 256  # at a time: a thousand ranks write two thousand, and a process may not open as many
 
 
 def tensor_key(kind: str, name: str) -> str:
@@ -26,7 +27,8 @@ def tensor_key(kind: str, name: str) -> str:
 class Reader:
     """Reads logical tensors, or parts of them, from a checkpoint saved under any layout.
 
-    What is read is verified by its checksums, unless ``trust`` was called: then no byte is read that is not asked for.
+    What is read is verified by its checksums, unless ``trust`` was called: then no byte is read that is not asked for,
+    but for what lies between short runs.
     ValueError in one line where something is damaged or missing.
     """
 
@@ -34,12 +36,14 @@ class Reader:
         self.folder = folder
         self.manifest = manifest or Manifest.read(folder)
         self._files: dict[str, TensorFile] = {}
+        self._bytes_read = 0  # of files that are closed
         self._trusted = False
 
     def trust(self) -> None:
         """All files were verified a moment ago."""
+        for name in list(self._files):
+            self._close(name)
         self._trusted = True
-        self._files.clear()
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
         """Compare the checksums of every ``parts``-th file, from number ``part`` on; ValueError where one differs."""
@@ -51,7 +55,8 @@ class Reader:
 
     @property
     def bytes_read(self) -> int:
-        return sum(file.bytes_read for file in self._files.values())
+        """So far, but for what ``verify`` read."""
+        return self._bytes_read + sum(file.bytes_read for file in self._files.values())
 
     def names(self) -> list[str]:
         return list(self.manifest.tensors)
@@ -65,6 +70,8 @@ class Reader:
     def tensor(self, name: str, shape: tuple[int, ...] | None = None, kind: str = "weight") -> Tensor:
         """The whole logical tensor; ValueError where it is not of the ``shape`` that the model needs."""
         entry = self._entry(name, kind, shape)
+        for shard in entry.shards[kind]:  # before memory is asked for that nothing would fill
+            self._file_with(tensor_key(kind, name), entry.dtypes[kind], shard)
         values = torch.empty(entry.shape, dtype=entry.dtypes[kind])
         self.read(kind, name, Part.whole(entry.shape), values.view(-1))
         return values
@@ -86,6 +93,7 @@ class Reader:
 
     def read(self, kind: str, name: str, part: Part, into: Tensor) -> None:
         """Fill ``into``, 1-D, of any dtype and device, with the values of that part."""
+        assert into.is_contiguous() and len(into) == part.values, "values are counted from the part's first on"
         entry = self._entry(name, kind, part.shape)
         missing = part.values
         for shard in entry.shards[kind]:
@@ -98,29 +106,21 @@ class Reader:
             )
 
     def _copy(self, key: str, dtype: torch.dtype, shard: Shard, runs: Runs, into: Tensor) -> None:
-        file = self._open(shard.file)
-        found = file.tensors.get(key)
-        if found is None or found[:2] != (dtype, shard.part.values):
-            said = "nothing" if found is None else f"{found[1]} values of {found[0]}"
-            raise ValueError(
-                f"{file.path} has {said} under {key} where {MANIFEST} says {shard.part.values} values of {dtype}: "
-                "the checkpoint is not whole, take another"
-            )
-        at_once = max(1, _PORTION // max(runs.source_step, 1))
-        direct = self._trusted and into.dtype == dtype and into.device.type == "cpu" and into.is_contiguous()
-        if direct and (runs.count == 1 or runs.length * dtype.itemsize >= _LONG_RUN):
+        file = self._file_with(key, dtype, shard)
+        if runs.count == 1 or (self._trusted and runs.length * dtype.itemsize >= _LONG_RUN):
+            direct = self._trusted and into.dtype == dtype and into.device.type == "cpu"
             for source, target in runs:
-                file.read_into(key, source, into[target : target + runs.length])
-        elif runs.count == 1:
-            for begin in range(0, runs.length, _PORTION):
-                end = min(begin + _PORTION, runs.length)
-                values = file.read(key, runs.source + begin, runs.source + end)
-                into[runs.target + begin : runs.target + end].copy_(values)
-        else:
-            for number in range(0, runs.count, at_once):
-                some = runs.some(number, min(at_once, runs.count - number))
-                values = file.read(key, some.source, some.source_end)
-                some.from_start().copy(values, into)
+                if direct:
+                    file.read_into(key, source, into[target : target + runs.length])
+                    continue
+                for begin in range(0, runs.length, _PORTION):
+                    end = min(begin + _PORTION, runs.length)
+                    into[target + begin : target + end].copy_(file.read(key, source + begin, source + end))
+            return
+        at_once = max(1, _PORTION // max(runs.source_step, 1))
+        for number in range(0, runs.count, at_once):  # with what lies between them: short runs are many
+            some = runs.some(number, min(at_once, runs.count - number))
+            some.from_start().copy(file.read(key, some.source, some.source_end), into)
 
     def _entry(self, name: str, kind: str = "weight", shape: tuple[int, ...] | None = None) -> Entry:
         """What the manifest says of a tensor, which must have this kind and shape (None: any)."""
@@ -136,11 +136,30 @@ class Reader:
             )
         return entry
 
+    def _file_with(self, key: str, dtype: torch.dtype, shard: Shard) -> TensorFile:
+        """A shard's file; ValueError where it does not have what the manifest says."""
+        file = self._open(shard.file)
+        found = file.tensors.get(key)
+        if found is None or found[:2] != (dtype, shard.part.values):
+            said = "nothing" if found is None else f"{found[1]} values of {found[0]}"
+            raise ValueError(
+                f"{file.path} has {said} under {key} where {MANIFEST} says {shard.part.values} values of {dtype}: "
+                "the checkpoint is not whole, take another"
+            )
+        return file
+
     def _open(self, name: str) -> TensorFile:
         if name not in self._files:
+            if len(self._files) >= _OPEN_FILES:  # the one that was opened first
+                self._close(next(iter(self._files)))
             about = self.manifest.files[name]
             self._files[name] = TensorFile(self.folder / name, about, trusted=self._trusted)
         return self._files[name]
+
+    def _close(self, name: str) -> None:
+        file = self._files.pop(name)
+        self._bytes_read += file.bytes_read
+        file.close()
 
 
 @torch.no_grad()

@@ -192,6 +192,9 @@ class CheckedFile:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         self._file.close()
 
     def verify(self) -> None:
