@@ -41,6 +41,19 @@ def add_arguments(convert: argparse.ArgumentParser) -> None:
         action="store_true",
         help="for transformers' own classes: no modelling files; refused where these would compute something else",
     )
+    to_hf.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="of a weights file; larger models come in several"
+    )
+    verify = to_hf.add_argument_group("verification")
+    verify.add_argument(
+        "--verify",
+        action="store_true",
+        help="load the export in transformers and compare all outputs with the trainer's; one that differs is not kept",
+    )
+    verify.add_argument(
+        "--text", type=Path, metavar="FILE", help="text to compare them on (default: the run's validation data)"
+    )
+    verify.add_argument("--python", metavar="PATH", help="interpreter that has transformers (default: this one)")
 
     from_hf = direction("from-hf", _from_hf, "Hugging Face folder -> checkpoint")
     from_hf.add_argument("source", metavar="FOLDER", help="folder with config.json and safetensors")
@@ -113,7 +126,23 @@ def _add_resize_arguments(parser: argparse.ArgumentParser) -> None:
 def _to_hf(args: argparse.Namespace) -> None:
     from ..pretrain.conversion.to_huggingface import to_huggingface
 
-    note = to_huggingface(args.checkpoint, args.out, dtype=args.dtype, stock=args.stock)
+    verification = None
+    if args.verify:
+        from ..pretrain.conversion.verify import Verification
+
+        verification = Verification(args.checkpoint, args.dtype, text=args.text, python=args.python)
+    elif args.text is not None or args.python is not None:
+        raise ValueError("--text and --python are of a verification: give --verify with them")
+    note = to_huggingface(
+        args.checkpoint,
+        args.out,
+        args.dtype,
+        stock=args.stock,
+        max_shard_size=args.max_shard_size,
+        check=verification,
+    )
+    if verification is not None:
+        print(f"verified: {verification.result}")
     print(f"wrote {args.out}")
     _say(note)
 

@@ -25,10 +25,11 @@ from ..models.own_code import OwnCode
 from .imported import TOKENIZER_FILES, copy_tokenizer, logical_shapes
 from .model import model_of
 from .model_card import model_card
+from .read_ahead import ReadAhead
 from .renaming import Public, public_tensors
 
 MAX_SHARD_SIZE = "5GB"
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -111,16 +112,19 @@ class _Tensors:
         """As one file, or where that had more than ``largest`` bytes several and an index, as transformers does."""
         described = {name: (self._dtypes[name], public.shape) for name, public in self._public.items()}
         described |= {name: (value.dtype, tuple(value.shape)) for name, value in self._constants.items()}
-        shards = _shards({n: math.prod(shape) * dtype.itemsize for n, (dtype, shape) in described.items()}, largest)
+        sizes = {name: math.prod(shape) * dtype.itemsize for name, (dtype, shape) in described.items()}
+        shards = _shards(sizes, largest)
         files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
         if len(shards) == 1:
             files = ["model.safetensors"]
         for file, names in zip(files, shards, strict=True):
-            ckpt.write_stream(folder / file, {name: described[name] for name in names}, self._read, {"format": "pt"})
+            # In the order in which they are written.
+            names.sort(key=lambda name: -described[name][0].itemsize)
+            with ReadAhead(self._read, {name: sizes[name] for name in names}, max(sizes.values())) as read:
+                ckpt.write_stream(folder / file, {name: described[name] for name in names}, read, {"format": "pt"})
         if len(shards) > 1:
-            size = sum(math.prod(shape) * dtype.itemsize for dtype, shape in described.values())
             weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-            index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
             write_json(folder / "model.safetensors.index.json", index)
 
     def _read(self, name: str) -> Tensor:
@@ -169,9 +173,9 @@ def export_config(
 
 
 def _dtype(name: str) -> torch.dtype:
-    if name not in _DTYPES:
-        raise ValueError(f"dtype {name!r} is unknown: choose one of {', '.join(_DTYPES)}")
-    return _DTYPES[name]
+    if name not in DTYPES:
+        raise ValueError(f"dtype {name!r} is unknown: choose one of {', '.join(DTYPES)}")
+    return DTYPES[name]
 
 
 def _bytes(size: int | str) -> int:
