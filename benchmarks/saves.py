@@ -163,7 +163,7 @@ def measure(folder: Path, data: Path, layers: int) -> dict[str, Any]:
     result["plain_write_seconds"] = [plain_write(folder / "plain", save["save_bytes"]) for _ in range(2)]
     forget_pages(run)
     resumed = apart(train, settings(data, run, layers, second, True))["seconds"]
-    fresh = apart(train, settings(data, folder / "fresh", layers, 1, True))["seconds"]
+    fresh = apart(train, settings(data, folder / "fresh", layers, WARM, True), (0,))["seconds"]  # none is saved
     result["resume"] = {"verify_seconds": resumed["find_start"], "load_seconds": resumed["build_engine"]}
     return result | {"build_seconds": fresh["build_engine"]}
 

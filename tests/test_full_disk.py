@@ -8,7 +8,7 @@ import os
 import resource
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -229,6 +229,47 @@ def test_a_disk_that_is_full_for_a_while(fork_server, prepared, small_disk, whol
     assert [number for number, _ in curve(run, "train/loss")] == list(range(1, steps + 1))
     assert names(run / "checkpoints") == ["latest", step(steps)]
     ckpt.Reader(run / "checkpoints" / step(steps)).verify()
+
+
+def test_a_disk_that_others_fill(fork_server, prepared, small_disk, whole):
+    """To its last byte, so that no line of metrics.jsonl can be written either: none is lost."""
+    disk, steps = small_disk(64 * 2**20), 80
+    run, theirs = disk / "run", disk / "theirs"
+    values = settings(prepared, run, steps, TINY | REPLICAS)
+    pool = Ranks(fork_server)
+
+    def wait_until(moment: Callable[[], Any], pause: float) -> None:
+        end = time.monotonic() + 60
+        while not moment():
+            assert time.monotonic() < end and not pool.answered()
+            time.sleep(pause)
+
+    def is_stuck() -> bool:
+        with contextlib.suppress(OSError):  # a save that fails makes room
+            while True:
+                filling.write(bytes(2**16))
+        size = metrics.stat().st_size
+        time.sleep(0.5)
+        return metrics.stat().st_size == size and size % os.sysconf("SC_PAGE_SIZE") == 0
+
+    try:
+        pool.begin(train_slowly, values, count=2)
+        metrics = run / "metrics.jsonl"
+        wait_until(lambda: metrics.exists() and saves_of(run), 0.02)
+        with theirs.open("wb", buffering=0) as filling:
+            wait_until(is_stuck, 0.0)
+        theirs.unlink()
+        assert pool.finish(120) == [None, None]
+    finally:
+        pool.stop()
+    lines = read_metrics(metrics)
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, steps + 1))
+    assert len(lines) == len(metrics.read_text().splitlines())
+    assert curve(run, "checkpoint/failed_saves") == [(line["step"], line["failed_saves"]) for line in saves_of(run)]
+    assert [number for number, _ in curve(run, "train/loss")] == list(range(1, steps + 1))
+    saved = {line["step"] for line in saves_of(run) if "save_problem" not in line}
+    assert {2, steps} <= saved != set(range(2, steps + 1, 2))
+    assert names(run / "checkpoints") == ["latest", *(step(number) for number in sorted(saved))]
 
 
 def test_a_command_on_a_full_disk(prepared, small_disk, tmp_path, whole):

@@ -174,14 +174,14 @@ class Run:
 
     def wait(self, moment: Callable[[], Any], pause: float = 0.001) -> None:
         """Look now and again until it is time."""
-        end = time.monotonic() + 60
+        end = time.monotonic() + 120
         while not moment():
             self._assert_running()
             assert time.monotonic() < end, "what was waited for does not come"
             time.sleep(pause)
 
     def finish(self) -> None:
-        errors = self.pool.finish(seconds=20 * KILLS)
+        errors = self.pool.finish(seconds=40 * KILLS)
         assert not any(errors), errors
         self.pool.stop()
 
@@ -231,7 +231,7 @@ def moments(rng: random.Random, start_seconds: float, step_seconds: float) -> li
     return chosen
 
 
-@pytest.mark.timeout(60 + 20 * KILLS)
+@pytest.mark.timeout(120 + 40 * KILLS)
 @pytest.mark.parametrize("asynchronous", [True, False], ids=["asynchronous", "synchronous"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_killed_many_times(fork_server, prepared, tmp_path, layout, asynchronous):
