@@ -29,7 +29,7 @@ PRELOAD = (
     "numpy.ma",
 )
 
-_SECONDS = 60.0  # for the imports, and for an answer on a busy machine
+_SECONDS = 180.0  # for the imports, and for an answer on a busy machine
 _NUMBER = struct.Struct("=i")
 
 
@@ -76,6 +76,7 @@ class ForkServer:
             answer = self._control.recv(_NUMBER.size)
             if answer:
                 return int(_NUMBER.unpack(answer)[0])
+        self._control.close()  # an answer that came late would pass for that to the next question
         self._log.seek(0)
         raise RuntimeError(f"the fork server does not answer:\n{self._log.read().decode(errors='replace')[-6000:]}")
 
