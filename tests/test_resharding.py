@@ -170,7 +170,7 @@ def start(ranks, prepared, tmp_path):
         values = settings(prepared, tmp_path / name, steps, overrides)
         if values.get("parallel", {}).get("zero_stage") == 3:
             ranks.stop()  # DeepSpeed numbers modules as long as a process lives, and compares the numbers of all ranks
-        answers = ranks.run(train_and_look, values, count=ranks_of(values), seconds=120, **options)
+        answers = ranks.run(train_and_look, values, count=ranks_of(values), seconds=200, **options)
         assert len({error is None for error, _ in answers}) == 1, answers
         return answers[0][0], [line for _, wrong in answers for line in wrong]
 
@@ -387,7 +387,7 @@ def test_no_more_is_read_than_needed(ranks, prepared, tmp_path, source, target, 
     for name, function in ((source, train_here), (target, train_and_count)):
         values = settings(prepared, tmp_path / "run", 4, overrides | LAYOUTS[name])
         ranks.stop()  # as above
-        counts = ranks.run(function, values, count=ranks_of(values), seconds=120, stop_after=1)
+        counts = ranks.run(function, values, count=ranks_of(values), seconds=200, stop_after=1)
     for counted in counts:
         exact = counted["needed"] + counted["headers"]
         assert exact <= counted["read"] <= exact + counted["gaps"]
