@@ -109,7 +109,8 @@ def serve(descriptor: int, rank: Callable[[int], None], preload: Sequence[str]) 
         else:
             children.discard(number)
             number = os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
-        control.sendall(_NUMBER.pack(number))
+        with contextlib.suppress(OSError):  # nobody waits for it any more: the next message is the end
+            control.sendall(_NUMBER.pack(number))
     for pid in children:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(pid, signal.SIGKILL)
