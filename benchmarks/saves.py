@@ -148,10 +148,10 @@ def forget_pages(folder: Path) -> None:
 def measure(folder: Path, data: Path, layers: int) -> dict[str, Any]:
     """The second of two saves, both ways: the first makes the buffers of the snapshot."""
     result: dict[str, Any] = {}
-    second = WARM + 30
+    second = WARM + 12
     for name, asynchronous in (("synchronous", False), ("asynchronous", True)):
         run = folder / name
-        found = apart(train, settings(data, run, layers, second + 30, asynchronous), (WARM, second))
+        found = apart(train, settings(data, run, layers, second + 20, asynchronous), (WARM, second))
         lines, save = found["lines"], save_of(found["lines"], second)
         alone = steps_of(lines, second - 8, second)
         result[name] = {"seconds": save["save_seconds"], "stall_seconds": save["save_stall_seconds"]}
