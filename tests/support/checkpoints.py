@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,25 @@ def held(logical: Logical, tensor: int, data: int) -> list[Part]:
         each = -(-part.values // data)
         parts += [part.run(n * each, (n + 1) * each) for n in range(data)]
     return parts
+
+
+@dataclasses.dataclass
+class InMemory:
+    """A checkpoint as an optimizer reads it, of whole tensors in memory."""
+
+    tensors: dict[str, dict[str, Tensor]]  # name → kind → values
+    steps: dict[str, float]
+
+    def kinds(self, name: str) -> Collection[str]:
+        return self.tensors[name].keys()
+
+    def step(self, name: str) -> float | None:
+        return self.steps.get(name)
+
+    def read(self, kind: str, name: str, part: Part, into: Tensor) -> None:
+        values = taken(self.tensors[name][kind], part)
+        assert into.shape == values.shape and part.values
+        into.copy_(values)
 
 
 def write_checkpoint(
