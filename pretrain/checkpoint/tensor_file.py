@@ -141,9 +141,9 @@ def write_tensors(
 
 
 def copy_checked(source: Path, target: Path) -> dict[str, dict[str, Any]]:
-    """Copy the files of a folder into another, flushed to the disk; what a manifest says of them.  OSError where one
+    """Copy the files of a folder into a new one, flushed to the disk; what a manifest says of them.  OSError where one
     cannot be read or written."""
-    target.mkdir(exist_ok=True)
+    target.mkdir()
     copied: dict[str, dict[str, Any]] = {}
     for file in sorted(file for file in source.iterdir() if file.is_file()):
         with _Checked.open(target / file.name) as checked:
