@@ -239,8 +239,8 @@ def page(results: dict[str, Any], about: list[str], quick: bool) -> str:
             *about,
             f"- load of the machine before: {results['load_before']:.1f}",
             "",
-            "| the checkpoint | convert, s | copy, s | ratio (lowest, highest) | processor, s | peak memory, GiB | of that "
-            "anonymous |",
+            "| the checkpoint | convert, s | copy, s | ratio (lowest, highest) | processor, s | peak memory, GiB "
+            "| of that anonymous |",
             "|---|---|---|---|---|---|---|",
             *rows,
             "",

@@ -190,7 +190,8 @@ class Verification:
         """Ids to make rows of, and where they come from, in words."""
         tokenizer, size = self.folder / "tokenizer" / TOKENIZER_FILE, self.config.vocab_size
         if text is None and (store := self._validation_data()) is not None:
-            documents, ids = 0, []
+            documents = 0
+            ids: list[int] = []
             while documents < store.documents and len(ids) < 4 * LONGEST:
                 ids += store.document(documents).tolist()
                 documents += 1
