@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -175,7 +176,8 @@ def expected_step(root: Path, whole: Path) -> int | None:
             same.append(step)
     pointer = root / "latest"
     name = pointer.read_bytes().strip() if pointer.is_file() else b""
-    named = next((step for step in left if f"step-{step:08d}".encode() == name), max(left, default=0))
+    match = re.fullmatch(rb"step-(\d{8})", name)
+    named = int(match[1]) if match else max(left, default=0)
     before = [step for step in same if step <= named]
     return max(before or same, default=None) if left else 0
 
