@@ -16,7 +16,8 @@ def commit() -> str:
     """Of the clone, "-dirty" where its files differ from it; "unknown" where there is none."""
     if not (CLONE / ".git").exists():
         return "unknown"
-    git = "git", "-C", str(CLONE), "describe", "--always", "--dirty"
+    # Without the lock that --dirty would take to note what it has seen: others may work in the clone.
+    git = "git", "--no-optional-locks", "-C", str(CLONE), "describe", "--always", "--dirty"
     try:
         return subprocess.run(git, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
