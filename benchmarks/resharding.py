@@ -128,7 +128,10 @@ class Differences:
         expected_losses, expected_norms = zip(*(expected.steps()[first:]), strict=True)
         ours, theirs = state_of(run), state_of(expected)
         if ours.keys() != theirs.keys():
-            raise ValueError(f"{run.folder} and {expected.folder} keep other tensors: {sorted(ours ^ theirs.keys())}")
+            other = sorted(ours.keys() ^ theirs.keys())
+            raise ValueError(
+                f"{run.folder} and {expected.folder} keep other tensors: {other[0]} and {len(other) - 1} more"
+            )
         tensors = {True: 0.0, False: 0.0}
         for (kind, name), value in theirs.items():
             size = value.abs().max().item() or 1.0

@@ -35,7 +35,6 @@ from farspan.pretrain import checkpoint as ckpt
 
 TENSORS = 1e-4  # weights and moments, relative to the largest of a tensor: Adam divides small gradients by themselves
 FLOAT32 = Differences(RELATIVE, RELATIVE, RELATIVE, TENSORS, TENSORS)
-ANY = Differences(*[math.inf] * 5)
 IN_16_BITS = Differences(BFLOAT16, BFLOAT16, BFLOAT16, 0.2, 0.2)
 BATCHNORM = {"model": MEGA | {"normalization_type": "batchnorm"}}
 FLOAT16 = {"training.dtype": "float16", "training.initial_loss_scale": 2.0**8, "training.loss_scale_window": 3}
@@ -189,25 +188,25 @@ def schedule(steps: int) -> dict:
     }
 
 
-# What is trained, the layouts it goes through, and how far it may be from the run that stayed on one rank.
+# What is trained, the layouts it goes through, and how far it may be from the run that stayed on one rank (None: any).
 SOME = ["TP2 × PP2 + SP", "DP4, ZeRO 3", "PP2 interleaved", "DP2, ZeRO 2"]
 CHAINS = {
     "roberta-prelayernorm": (DROPOUT, [*LAYOUTS, "1 rank"], FLOAT32),
     "mega": (ARCHITECTURES["mega"], ["DP4, ZeRO 3", "TP2 × PP2 interleaved", "DP2, ZeRO 2"], FLOAT32),
     "mega with batch norm": (BATCHNORM, ["PP2 interleaved", "DP2, ZeRO 2", "TP2 × DP2, ZeRO 1"], FLOAT32),
-    "megatron-bert, pairs": (ARCHITECTURES["megatron-bert"], SOME, FLOAT32),
+    "megatron-bert, pairs": (ARCHITECTURES["megatron-bert"], SOME[:3], FLOAT32),
     "mra": (ARCHITECTURES["mra"], ["TP2 × DP2, ZeRO 1", "PP4", "DP4, ZeRO 1"], FLOAT32),
     "nystromformer": (ARCHITECTURES["nystromformer"], ["PP2 × DP2, ZeRO 0", "DP2, ZeRO 3, offload", "1 rank"], FLOAT32),
-    "lamb": (DROPOUT | {"optimizer.name": "lamb", "optimizer.lr": 1e-2}, SOME, FLOAT32),
-    "untied": (DROPOUT | {"model.tie_word_embeddings": False}, SOME, FLOAT32),
+    "lamb": (DROPOUT | {"optimizer.name": "lamb", "optimizer.lr": 1e-2}, [*SOME[:2], "DP2, ZeRO 2"], FLOAT32),
+    "untied": (DROPOUT | {"model.tie_word_embeddings": False}, SOME[1:3], FLOAT32),
     "bfloat16": (
         DROPOUT | {"training.dtype": "bfloat16"},
-        [*SOME, "DP2, ZeRO 3, offload", "PP2 × DP2, ZeRO 0"],
+        [*SOME, "DP2, ZeRO 3, offload"],
         IN_16_BITS,
     ),
-    "float16": (DROPOUT | FLOAT16, SOME, IN_16_BITS),
+    "float16": (DROPOUT | FLOAT16, SOME[1:], IN_16_BITS),
     # Saved before the first update and after it.  Replicas overflow earlier, and then skip other steps.
-    "float16 that overflows": (DROPOUT | FLOAT16 | {"training.initial_loss_scale": 2.0**21}, SOME[:3], ANY),
+    "float16 that overflows": (DROPOUT | FLOAT16 | {"training.initial_loss_scale": 2.0**21}, SOME[:3], None),
 }
 
 
@@ -222,6 +221,8 @@ def test_through_many_layouts(start, tmp_path, capsys, kind):
     for number, layout in enumerate(layouts, 1):
         found = start("chain", steps, overrides | LAYOUTS[layout], stop_after=EACH * number)
         assert found == (None, []), f"under {layout}"
+    if limit is None:
+        return
     differences = Differences.of(Run(tmp_path / "chain"), Run(tmp_path / "whole"))
     with capsys.disabled():
         print(f"\n{kind}: {differences}", end="")
