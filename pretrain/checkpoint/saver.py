@@ -86,6 +86,7 @@ class _Pending:
     writing: bool = True  # its files; then the manifest
     bytes: int = 0
     stall: float = 0.0
+    asked: tuple[Any, Tensor] | None = None  # whether all threads have ended: a request, and where the answer comes
 
 
 class Saver:
@@ -159,18 +160,31 @@ class Saver:
         began = time.perf_counter()
         if wait:
             pending.work.join()
-        saved = self._next_stage(pending) if wait or self._all_over(pending.work) else None
+            self._answer(pending)
+        saved = self._next_stage(pending) if wait or self._all_over(pending) else None
         pending.stall += time.perf_counter() - began
         if saved is None:
             return None
         seconds = time.perf_counter() - pending.began
         return self._ended(dataclasses.replace(saved, stall_seconds=pending.stall, seconds=seconds))
 
-    def _all_over(self, work: _Work) -> bool:
+    def _all_over(self, pending: _Pending) -> bool:
+        """Whether all threads have ended; of several ranks, whether they had when that was asked, at the poll before:
+        the answer comes while a step is made, and nobody waits for the others."""
         if self.mesh.size == 1:
-            return not work.is_alive()
-        over = torch.tensor(0 if work.is_alive() else 1, device=self.mesh.device)
-        dist.all_reduce(over, op=dist.ReduceOp.MIN)
+            return not pending.work.is_alive()
+        if self._answer(pending):
+            return True
+        over = torch.tensor(0 if pending.work.is_alive() else 1, device=self.mesh.device)
+        pending.asked = dist.all_reduce(over, op=dist.ReduceOp.MIN, async_op=True), over
+        return False
+
+    def _answer(self, pending: _Pending) -> bool:
+        """To what was asked last; False where nothing was."""
+        if pending.asked is None:
+            return False
+        (request, over), pending.asked = pending.asked, None
+        request.wait()
         return bool(over.item())
 
     def _next_stage(self, pending: _Pending) -> Saved | None:
