@@ -151,7 +151,8 @@ def test_killed_between_saves(start, prepared, tmp_path):
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         try:
             end = time.monotonic() + 100
-            while not metrics.exists() or metrics.read_bytes().count(b'"loss"') < interval + 3:
+            saved = tmp_path / "parts/checkpoints"  # written behind the training, which may be some steps ahead
+            while not ckpt.steps(saved) or metrics.read_bytes().count(b'"loss"') < interval + 3:
                 assert process.poll() is None and time.monotonic() < end, (tmp_path / "log").read_text()
                 time.sleep(0.005)
         finally:
