@@ -214,7 +214,7 @@ def checkpoint(folder: Path, name: str, **fields: Any) -> Path:
     described = Description(name, {"vocab_size": 300, **fields})
     mesh = Mesh.solo()
     train_tokenizer("bpe", [TEXT], folder / "tokenizer", vocab_size=300, progress=False)
-    manifest = ckpt.Manifest(1, described.config.model_dump(), described.heads, {})
+    manifest = ckpt.Manifest(1, described.config.model_dump(), described.heads)
     step = save_weights(described.filled(mesh), mesh, folder / "run" / "checkpoints", manifest)
     (folder / "tokenizer").rename(step / "tokenizer")
     return folder / "run"

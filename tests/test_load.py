@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import edit
+from models import save_weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -31,14 +33,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _, config, heads = model_of(reader.manifest)
     model = farspan.load(GOLDEN).network
     for step, factor in ((1, 2.0), (2, 1.0)):
-        parameters = [(name, p, p.detach() * factor) for name, p in model.named_parameters()]
-        mesh = Mesh.solo()
-        weights, entries = ckpt.local_slices(parameters, mesh.tensor, ckpt.weights_file(mesh))
-        manifest = ckpt.Manifest(step, config.model_dump(), heads, {})
-        ckpt.save(
-            folder / "run" / "checkpoints", manifest, mesh, weights=weights, entries=entries, optimizer={},
-            tokenizer=None, keep_last=0,
-        )  # fmt: skip
+        manifest = ckpt.Manifest(step, config.model_dump(), heads)
+        save_weights(model, Mesh.solo(), folder / "run" / "checkpoints", manifest, factor=factor)
     return folder / "run"
 
 
@@ -124,9 +120,9 @@ def test_what_cannot_be_loaded(run: Path, tmp_path: Path) -> None:
         ({"model": {**manifest["model"], "hidden_act": "x"}}, "manifest.json: hidden_act 'x' is unknown"),
         ({"model": {**manifest["model"], "intermediate_size": 7}}, "(48, 32), the model needs (7, 32)"),
         ({"model": {**manifest["model"], "num_hidden_layers": 9}}, "has no tensor layers."),
-        ({"version": 7}, "this Farspan reads 'farspan-checkpoint' version 1"),
+        ({"version": 7}, "this Farspan reads 'farspan-checkpoint' version 2"),
     ):
-        (folder / "manifest.json").write_text(json.dumps({**manifest, **change}))
+        edit(folder, lambda said, change=change: said.update({"model": manifest["model"]} | change))
         refused(folder, message)
 
 

@@ -106,7 +106,7 @@ class ArchitectureSuite:
     def test_export_loads_in_transformers(self, variant: str, tmp_path: Path) -> None:
         described, mesh = dataclasses.replace(self.described(variant), dtype=torch.float32), Mesh.solo()
         ours = described.filled(mesh).eval()
-        saved = save_weights(ours, mesh, tmp_path, ckpt.Manifest(1, described.config.model_dump(), described.heads, {}))
+        saved = save_weights(ours, mesh, tmp_path, ckpt.Manifest(1, described.config.model_dump(), described.heads))
         to_huggingface(saved, tmp_path / "hf")
         batch = described.batch(self.compared_rows)
         mask = (batch.document_ids > 0).long()

@@ -67,7 +67,7 @@ class EncoderSuite(ReferenceSuite):
 def exported(described: Description, root: Path, **options: Any) -> tuple[dict[str, Any], str | None]:
     """An export's config.json, and what was said."""
     mesh = Mesh.solo()
-    manifest = ckpt.Manifest(1, described.config.model_dump(), described.heads, {})
+    manifest = ckpt.Manifest(1, described.config.model_dump(), described.heads)
     saved = save_weights(described.filled(mesh), mesh, root, manifest)
     said = to_huggingface(saved, root / "hf", **options)
     return json.loads((root / "hf/config.json").read_text()), said

@@ -13,6 +13,7 @@ from farspan.kernels.documents import AttentionKind
 from farspan.kernels.dropout import DropoutKey
 from farspan.parallel.mesh import Axis, Mesh
 from farspan.parallel.sharding import initial_value, logical_name, logical_of
+from farspan.parallel.state import Local, share
 from farspan.pretrain import checkpoint as ckpt
 from farspan.pretrain.batch import Batch
 from farspan.pretrain.losses import Counts, LossFunction
@@ -163,8 +164,14 @@ def training_pass(model: LanguageModel, batch: Batch, dropout: DropoutKey | None
     )
 
 
-def save_weights(model: LanguageModel, mesh: Mesh, root: Path, manifest: ckpt.Manifest) -> Path:
-    """As a training run saves them; collective.  Returns the folder."""
-    parameters = [(name, p, p.detach()) for name, p in model.named_parameters()]
-    weights, entries = ckpt.local_slices(parameters, mesh.tensor, ckpt.weights_file(mesh))
-    return ckpt.save(root, manifest, mesh, weights=weights, entries=entries, optimizer={}, tokenizer=None, keep_last=0)
+def save_weights(model: LanguageModel, mesh: Mesh, root: Path, manifest: ckpt.Manifest, *, factor: float = 1.0) -> Path:
+    """As a training run saves them, times a factor; collective.  Returns the folder."""
+    local = Local.of(model, mesh.tensor)
+    pieces = [
+        piece
+        for parameter in model.parameters()
+        for piece in local.pieces("weight", parameter, 0, parameter.detach() * factor, True)
+    ]
+    (saved,) = ckpt.Saver(root, mesh, ckpt.Retention()).save(manifest, share(pieces, mesh.data), {})
+    assert saved.problem is None
+    return saved.folder
