@@ -22,6 +22,8 @@ from slow_disk import slow_down
 from farspan.pretrain import checkpoint as ckpt
 from farspan.pretrain.metrics import read_metrics
 
+pytestmark = pytest.mark.alone
+
 SECONDS = float(os.environ.get("FARSPAN_TEST_SLOW_SAVE_SECONDS", "15"))
 SHORT = 3.0  # where a save only has to be slow
 LIMIT = 0.02  # of the time that a save takes: how long training may stand still

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -127,8 +128,8 @@ class ReferenceSuite(ArchitectureSuite):
             files = sorted(path.name for path in ckpt.find(root).glob("weights-*"))
             assert len(files) == 2, files
             for name, entry in ckpt.Reader(ckpt.find(root)).manifest.tensors.items():
-                kept = sum(shard["stop"] - shard["start"] for shard in entry["shards"])
-                assert entry["dim"] is None or kept == entry["shape"][entry["dim"]], f"{name}: padding was saved"
+                kept = sum(shard.part.values for shard in entry.shards["weight"])
+                assert kept == math.prod(entry.shape), f"{name}: padding was saved"
             self._assert_exports(root, golden, root / "hf")
 
     def huggingface_config(self, folder: Path) -> dict[str, Any]:
