@@ -233,7 +233,7 @@ def test_a_disk_that_is_full_for_a_while(fork_server, prepared, small_disk, whol
 
 def test_a_disk_that_others_fill(fork_server, prepared, small_disk, whole):
     """To its last byte, so that no line of metrics.jsonl can be written either: none is lost."""
-    disk, steps = small_disk(64 * 2**20), 80
+    disk, steps = small_disk(64 * 2**20), 120
     run, theirs = disk / "run", disk / "theirs"
     values = settings(prepared, run, steps, TINY | REPLICAS)
     pool = Ranks(fork_server)
@@ -241,15 +241,17 @@ def test_a_disk_that_others_fill(fork_server, prepared, small_disk, whole):
     def wait_until(moment: Callable[[], Any], pause: float) -> None:
         end = time.monotonic() + 60
         while not moment():
-            assert time.monotonic() < end and not pool.answered()
+            assert not pool.answered(), f"the run has ended: {pool.finish()}"
+            assert time.monotonic() < end
             time.sleep(pause)
 
     def is_stuck() -> bool:
-        with contextlib.suppress(OSError):  # a save that fails makes room
-            while True:
-                filling.write(bytes(2**16))
         size = metrics.stat().st_size
-        time.sleep(0.5)
+        for _ in range(100):
+            with contextlib.suppress(OSError):  # a save that fails makes room
+                while True:
+                    filling.write(bytes(2**16))
+            time.sleep(0.005)
         return metrics.stat().st_size == size and size % os.sysconf("SC_PAGE_SIZE") == 0
 
     try:
