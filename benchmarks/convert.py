@@ -74,7 +74,7 @@ def make(folder: Path, fields: dict[str, Any]) -> dict[str, Any]:
         file = f"weights-{rank:05d}.safetensors"
         shapes = {name: (dtype, part.slice_shape) for name, part in pieces.items()}
         torch.manual_seed(rank)
-        files[file] = ckpt.write_stream(folder / file, shapes, lambda name, s=shapes: torch.randn(s[name][1]) * 0.02)
+        files[file] = ckpt.write_stream(folder / file, shapes, lambda name: torch.randn(shapes[name][1]) * 0.02)  # noqa: B023
         for name, part in pieces.items():
             shards = {"weight": (ckpt.Shard(file, part),)}
             entries.append({name: ckpt.Entry(part.shape, {"weight": dtype}, shards)})
