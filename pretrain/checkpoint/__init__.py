@@ -1,13 +1,14 @@
 """Checkpoints that do not depend on the layout: logical tensors in sharded, checksummed safetensors files."""
 
 from .folders import Retention, candidates, find, latest, steps
-from .manifest import MANIFEST, Entry, Manifest, Shard
+from .manifest import MANIFEST, TOKENIZER, Entry, Manifest, Shard
 from .reader import Reader, load_weights
 from .saver import Saved, Saver
-from .tensor_file import open_tensors, write_stream, write_tensors
+from .tensor_file import copy_checked, open_tensors, write_stream, write_tensors
 
 __all__ = [
     "MANIFEST",
+    "TOKENIZER",
     "Entry",
     "Manifest",
     "Reader",
@@ -16,6 +17,7 @@ __all__ = [
     "Saver",
     "Shard",
     "candidates",
+    "copy_checked",
     "find",
     "latest",
     "load_weights",

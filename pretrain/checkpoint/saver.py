@@ -208,7 +208,8 @@ class Saver:
         tensors = merge_entries(of_rank for _, of_rank in written)
         manifest = dataclasses.replace(pending.manifest, files=files, tensors=tensors)
         if pending.tokenizer is not None:
-            copied = copy_checked(pending.tokenizer, pending.beside / TOKENIZER)
+            ours = [file for file in pending.tokenizer.iterdir() if file.is_file()]
+            copied = copy_checked(ours, pending.beside / TOKENIZER)
             manifest = dataclasses.replace(manifest, tokenizer=copied)
         pending.bytes = manifest.bytes
         manifest.write(pending.beside)

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -140,12 +140,12 @@ def write_tensors(
     return write_stream(path, shapes, lambda name: tensors[name], metadata)
 
 
-def copy_checked(source: Path, target: Path) -> dict[str, dict[str, Any]]:
-    """Copy the files of a folder into a new one, flushed to the disk; what a manifest says of them.  OSError where one
-    cannot be read or written."""
+def copy_checked(files: Iterable[Path], target: Path) -> dict[str, dict[str, Any]]:
+    """Copy files into a new folder, flushed to the disk; what a manifest says of them.  OSError where one cannot be
+    read or written."""
     target.mkdir()
     copied: dict[str, dict[str, Any]] = {}
-    for file in sorted(file for file in source.iterdir() if file.is_file()):
+    for file in sorted(files):
         with _Checked.open(target / file.name) as checked:
             checked.write(file.read_bytes())
         copied[file.name] = checked.about

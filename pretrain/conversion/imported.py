@@ -73,22 +73,26 @@ def write_imported(model: Imported, out: Path) -> None:
         about = ckpt.write_stream(
             beside / _FILE, {name: (model.dtypes[name], shape) for name, shape in shapes.items()}, model.read
         )
-        if model.tokenizer is not None and any((model.tokenizer / name).is_file() for name in TOKENIZER_FILES):
-            (beside / "tokenizer").mkdir()
-            copy_tokenizer(model.tokenizer, beside / "tokenizer")
+        tokenizer = tokenizer_files(model.tokenizer)
+        copied = ckpt.copy_checked(tokenizer, beside / ckpt.TOKENIZER) if tokenizer else {}
         ckpt.Manifest(
             step=0,
             model=model.config.model_dump(),
             heads=model.heads,
             tensors=tensors,
             files={_FILE: about},
+            tokenizer=copied,
             huggingface=dict(model.huggingface),
             written_by=written_by(),
         ).write(beside)
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
-            sync(target / name)
+    for file in tokenizer_files(source):
+        shutil.copyfile(file, target / file.name)
+        sync(target / file.name)
+
+
+def tokenizer_files(folder: Path | None) -> list[Path]:
+    """The files of a tokenizer that a folder has."""
+    return [] if folder is None else [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]

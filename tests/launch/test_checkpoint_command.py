@@ -72,7 +72,7 @@ def save(run, step, layout=(1, 1), shift=0.0, **checkpoint):
         metrics={"loss": 4.0 - step / 8, "validation_loss": LOSSES[step]},
         config=config(run, **checkpoint).model_dump() | {"parallel": {"tensor": tensor, "zero_stage": 3}},
         written_by={"version": "0.1.0", "commit": "abc1234"},
-        tokenizer=copy_checked(tokenizer, folder / "tokenizer"),
+        tokenizer=copy_checked(tokenizer.iterdir(), folder / "tokenizer"),
     ).write(folder)
     (run / "checkpoints" / "latest").write_text(f"{folder.name}\n")
     return folder

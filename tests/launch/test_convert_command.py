@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,16 @@ def test_other_sizes_at_the_import_and_after_it(checkpoint: Path, tmp_path: Path
     words = "embeddings.words.weight"
     assert torch.equal(at.tensor(words)[: before.shape(words)[0]], before.tensor(words))
     assert load(tmp_path / "at")(torch.ones(1, 40, dtype=torch.int64)).logits.shape == (1, 40, 150)
+
+
+def test_a_tokenizer_that_was_imported_is_verified(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = Path(shutil.copytree(ROBERTA, tmp_path / "source"))
+    (source / "vocab.txt").write_text("a\nb\n")
+    assert main(["convert", "from-hf", str(source), str(tmp_path / "out")]) == 0
+    assert main(["checkpoint", "verify", str(tmp_path / "out")]) == 0
+    (tmp_path / "out/tokenizer/vocab.txt").write_text("a\nc\n")
+    assert main(["checkpoint", "verify", str(tmp_path / "out")]) == 1
+    assert "vocab.txt is damaged" in capsys.readouterr().out
 
 
 def test_nothing_to_resize(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
