@@ -28,8 +28,8 @@ say "training on $ranks ranks, stopped half-way"
 say "resuming from the checkpoint"
 "$farspan" train "$config" --ranks "$ranks" "${overrides[@]}"
 
-say "converting to Hugging Face"
-"$farspan" convert to-hf "$run" "$run-hf"
+say "converting to Hugging Face, logits compared with transformers' in a clean process"
+"$farspan" convert to-hf "$run" "$run-hf" --verify
 
 say "loading it in transformers"
 .venv/bin/python -P launch/quickstart.py "$run" "$run-hf"
