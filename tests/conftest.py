@@ -12,6 +12,13 @@ from forking import ForkServer  # noqa: E402
 from ranks import Ranks  # noqa: E402
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Ranks wait for each other by turning: two sets of them on the same cores take many times as long as one."""
+    for item in items:
+        if "fork_server" in getattr(item, "fixturenames", ()):
+            item.add_marker("alone")
+
+
 @pytest.fixture(scope="session")
 def fork_server() -> Iterator[ForkServer]:
     """What ranks are forked from: importing the stack takes seconds."""

@@ -3,7 +3,8 @@
 #
 #   ./tests/run.sh [pytest's arguments]      such as: ./tests/run.sh tests/kernels -k dropout
 #
-# Without arguments everything runs, in FARSPAN_TEST_WORKERS processes (2), and then alone what measures time or memory.
+# Without arguments everything runs: in FARSPAN_TEST_WORKERS processes (2), and then one by one what has ranks of its own
+# or measures time or memory.
 #
 # Uses the active virtual environment where this clone and its test extra are installed in it.  Else it makes .venv in
 # the clone the first time, and installs what constraints.txt pins; later only where that has changed.
