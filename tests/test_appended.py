@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
-import resource
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from small_disk import no_file_larger_than
 
 from farspan.pretrain.appended import Appended
 from farspan.pretrain.metrics import MetricsWriter, StepMetrics, read_metrics
-
-
-@contextlib.contextmanager
-def no_file_larger_than(size: int) -> Iterator[None]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_what_the_disk_does_not_take_is_written_later(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from bad_input import (
     Kind,
 )
 from runs import Run, settings
+from small_disk import no_file_larger_than
 
 from farspan.launch.cli import main
 from farspan.launch.local import COMMAND
@@ -143,7 +144,7 @@ def test_folders_above_are_not_left_either(place: Path) -> None:
     (place / "bad.txt").write_bytes(b"\xff")
     before = content(place)
     assert main(words("prepare @/a/b/c --vocab-size 300 --input @/bad.txt", place)) == 2
-    with limited(1000):
+    with no_file_larger_than(1000):
         assert main(words("convert to-hf @/run @/a/b/c", place)) == 2
     assert content(place) == before
 
@@ -228,16 +229,6 @@ def test_without_rights(
 FULL = "File too large (raise the limit on the size of files, ulimit -f)"
 
 
-@contextlib.contextmanager
-def limited(size: int) -> Iterator[None]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.mark.parametrize(
     ("command", "size", "line"),
     [
@@ -254,7 +245,7 @@ def test_a_disk_that_is_full(
 ) -> None:
     (place / "run.yaml").write_text((place / "run.yaml").read_text() + "# A comment.\n" * 4000)
     before = content(place)
-    with limited(size):
+    with no_file_larger_than(size):
         assert main(words(command, place)) == 2
     assert_says(capfd.readouterr().err, line, place)
     assert content(place) == before
@@ -262,7 +253,7 @@ def test_a_disk_that_is_full(
 
 def test_a_disk_that_is_full_when_a_checkpoint_is_saved(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     before = content(place / STEP)
-    with limited(20_000):
+    with no_file_larger_than(20_000):
         assert main(words(RESUME, place)) == 2
     beside = f"@/run/checkpoints/.step-{STEPS:08d}.tmp/optimizer-00000.safetensors"
     line = (

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import resource
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ import pytest
 import yaml
 from ranks import Ranks
 from runs import Run, settings, train_here
+from small_disk import no_file_larger_than
 
 from farspan.launch.local import COMMAND
 from farspan.pretrain import checkpoint as ckpt
@@ -39,16 +39,6 @@ FILES = {
     "manifest.json": 1000,
     "latest": 5,
 }
-
-
-@contextlib.contextmanager
-def no_file_larger_than(size: int) -> Iterator[None]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def train_and_listen(values: dict[str, Any], file: str | None, at: int) -> tuple[str | None, str]:

@@ -7,7 +7,6 @@ import dataclasses
 import io
 import json
 import os
-import resource
 import shutil
 import subprocess
 import time
@@ -18,6 +17,7 @@ import yaml
 from comparison import assert_identical
 from runs import MEGA, MRA, NYSTROMFORMER, Run, ranks_of, settings, train_here
 from safetensors.torch import load_file
+from small_disk import no_file_larger_than
 
 from farspan.launch.local import COMMAND
 from farspan.pretrain import checkpoint as ckpt
@@ -324,12 +324,8 @@ def train_on_a_full_disk(values: dict, file: str, failing: list[int]) -> str | N
     def limited(path: Path, tensors: dict) -> dict:
         if path.name != file or not any(f"{step:08d}" in str(path) for step in failing):
             return write(path, tensors)
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))
-        try:
+        with no_file_larger_than(1024):
             return write(path, tensors)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(saver, "write_tensors", limited)

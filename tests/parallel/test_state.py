@@ -12,39 +12,29 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from checkpoints import InMemory, taken
 from models import fill
+from small_net import OUT, WORDS, H, SmallNet
 from torch import nn
 
 from farspan.parallel.engine import Engine
 from farspan.parallel.lamb import Lamb
-from farspan.parallel.layers import ColumnParallelLinear, Linear, RowParallelLinear, VocabParallelEmbedding
 from farspan.parallel.loss_scale import LossScale
 from farspan.parallel.mesh import Axis, Mesh
-from farspan.parallel.normalization import LayerNorm
 from farspan.parallel.parts import Part, cover
 from farspan.parallel.sharding import Logical, logical_of
 from farspan.parallel.state import Local
 
-WORDS, H, INNER, OUT, ROWS = 97, 9, 12, 3, 12  # odd sizes: partitions cut through parameters, and are padded
+ROWS = 12
 RATES = [1e-2, 2e-2, 5e-3]
 
 
-class Net(nn.Module):
-    """Something of every kind: split by rows with padding, by columns, by rows; whole; not trained."""
+class Net(SmallNet):
+    """And one that is not trained."""
 
     def __init__(self, mesh):
-        super().__init__()
-        self.words = VocabParallelEmbedding(mesh, WORDS, H, std=1.0, padding_index=1)
-        self.up = ColumnParallelLinear(mesh, H, INNER, std=1.0)
-        self.down = RowParallelLinear(mesh, INNER, H, std=1.0)
-        self.norm = LayerNorm(mesh, H, 1e-5)
-        self.out = Linear(None, H, OUT, std=1.0)
+        super().__init__(mesh)
         self.fixed = nn.Parameter(torch.empty(5), requires_grad=False)
         self.fixed.logical = Logical((5,))
         fill(self, mesh.tensor, std=0.5)
-
-    def forward(self, ids):
-        x = self.words(ids)
-        return self.out(self.norm(x + self.down(F.gelu(self.up(x)))))
 
 
 def make_optimizer(name, groups):
