@@ -56,6 +56,8 @@ echo "== pytest"
 if (($#)); then
   "$python" -P -m pytest "$@"
 else
-  "$python" -P -m pytest -n "${FARSPAN_TEST_WORKERS:-2}" --dist loadfile -m "not alone"
-  "$python" -P -m pytest -m alone
+  failed=0
+  "$python" -P -m pytest -n "${FARSPAN_TEST_WORKERS:-2}" --dist loadfile -m "not alone" || failed=1
+  "$python" -P -m pytest -m alone || failed=1
+  exit $failed
 fi

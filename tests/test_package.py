@@ -69,7 +69,7 @@ def test_metadata(wheel: zipfile.ZipFile) -> None:
     needed = about.get_all("Requires-Dist")
     assert needed is not None
     assert "torch>=2.11" in needed
-    assert set(about.get_all("Provides-Extra") or ()) == {"bench", "hf", "test"}
+    assert set(about.get_all("Provides-Extra") or ()) == {"bench", "hf", "tensorflow", "test"}
     assert not any("pytest" in line and "extra ==" not in line for line in needed)
     assert b"Apache License" in wheel.read(f"{DIST_INFO}/licenses/LICENSE")
 
