@@ -170,7 +170,7 @@ def save_weights(model: LanguageModel, mesh: Mesh, root: Path, manifest: ckpt.Ma
     pieces = [
         piece
         for parameter in model.parameters()
-        for piece in local.pieces("weight", parameter, 0, parameter.detach() * factor, True)
+        for piece in local.pieces("weight", parameter, 0, (parameter.detach() * factor).to(parameter.dtype), True)
     ]
     (saved,) = ckpt.Saver(root, mesh, ckpt.Retention()).save(manifest, share(pieces, mesh.data), {})
     assert saved.problem is None
