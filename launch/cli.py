@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..version import __version__
+from . import exit_codes
 from .environment import (
     FAILURE_FILE,
     RankEnvironment,
@@ -27,8 +28,6 @@ from .environment import (
 
 if TYPE_CHECKING:
     from ..pretrain.config import Config
-
-USER_ERROR = 2
 
 _OVERVIEW = """\
 Pretrain language models from text to a Hugging Face folder.
@@ -59,7 +58,7 @@ A run that was stopped continues from its latest checkpoint when the same comman
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return the exit code: 0, 2 for an error of the user's (said in one line), 130 interrupted."""
+    """Run one command; return its exit code (``exit_codes``)."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     _prepare_imports()
     try:
@@ -73,14 +72,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return args.run(args) or 0
     except KeyboardInterrupt:
         _say("interrupted")
-        return 130
+        return exit_codes.INTERRUPTED
     except Exception as error:
         if FAILURE_FILE in os.environ:
             Path(os.environ[FAILURE_FILE]).write_text(repr(time.time()))
         if os.environ.get("FARSPAN_TRACEBACK", "0") not in ("", "0") or not _is_for_the_user(error):
             raise
         _say(_one_line(error))
-        return USER_ERROR
+        return exit_codes.of_system(error) if isinstance(error, OSError) else exit_codes.USER_ERROR
 
 
 def _prepare_imports() -> None:
@@ -211,8 +210,8 @@ def _train(args: argparse.Namespace) -> int:
     apply(environment)
     from ..pretrain.train import train
 
-    train(config, resume=args.resume, stop_after=args.stop_after)
-    return 0
+    stopped = train(config, resume=args.resume, stop_after=args.stop_after) is not None
+    return exit_codes.of_stop(environment.rank) if stopped else exit_codes.DONE
 
 
 def _default_ranks(config: Config) -> int:

@@ -19,10 +19,10 @@ from types import FrameType
 from typing import Any
 
 from .environment import FAILURE_FILE, RankEnvironment, apply
+from .exit_codes import IO_ERROR, STOPPED, USER_ERROR
 
 # -P: the working directory is no place to import from (it may well hold a folder named like a package).
 COMMAND = (sys.executable, "-P", "-m", "farspan.launch.cli")
-USER_ERROR = 2  # the exit code of a rank that said in one line what the user can mend
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _TAIL_BYTES, _TAIL_LINES = 16384, 30
 _POLL_SECONDS = 0.02
@@ -193,7 +193,7 @@ class _Group:
             return False  # all were told to end: let each of them
         code = self._ranks[self._culprit].process.returncode
         # An error of the user's is mostly found by every rank: rank 0 gets the time to say it itself.
-        return code is not None and (code != USER_ERROR or 0 not in self.running)
+        return code is not None and (code not in (USER_ERROR, IO_ERROR) or 0 not in self.running)
 
     def forward(self, number: int) -> None:
         self._signalled |= number != signal.SIGUSR1  # which asks for something else than the end
@@ -234,7 +234,7 @@ class _Group:
             return 0
         # One that failed but had to be ended has no exit code of its own.
         code = self._ranks[self._culprit].process.returncode if self._culprit in self._failures else 1
-        zero_said_it = code == USER_ERROR and self._ranks[0].process.returncode == USER_ERROR
+        zero_said_it = code in (USER_ERROR, IO_ERROR, STOPPED) and self._ranks[0].process.returncode == code
         if not (self._signalled or zero_said_it):
             print(self._report(self._culprit, code), file=sys.stderr, flush=True)
         return code if code > 0 else 128 - code

@@ -181,6 +181,9 @@ class CheckpointConfig(Section):
     keep_every: int = Field(0, ge=0, description="those whose step divides by this are kept too; 0: none for that")
     keep_best: int = Field(0, ge=0, description="so many with the lowest validation loss at their step are kept too")
     initialize_from: str | None = Field(None, description="checkpoint whose weights a new run starts from")
+    margin_seconds: float = Field(
+        120.0, ge=0.0, description="so long before the job's time ends the run saves and stops, to be started again"
+    )
 
 
 class KernelsConfig(Section):

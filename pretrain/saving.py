@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from ..parallel.engine import Engine
 from ..parallel.mesh import Mesh
@@ -19,15 +20,23 @@ class Saving:
     """Saves the state of a run at intervals and at its end; every method is collective.
 
     A save that fails is said and counted, and the run goes on: older checkpoints are untouched, and the next one is
-    tried again.  Only the last one must not fail.
+    tried again.  Only the last one must not fail.  ``confirm``: as ``Saver`` has it.
     """
 
-    def __init__(self, config: Config, mesh: Mesh, engine: Engine, watch: Watch, writer: MetricsWriter) -> None:
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        engine: Engine,
+        watch: Watch,
+        writer: MetricsWriter,
+        confirm: Callable[[], None] | None = None,
+    ) -> None:
         self.config, self.mesh, self.engine, self.watch, self.writer = config, mesh, engine, watch, writer
         settings = config.checkpoint
         retention = ckpt.Retention(settings.keep_last, settings.keep_every, settings.keep_best)
         root = checkpoints_folder(config)
-        self.saver = ckpt.Saver(root, mesh, retention, asynchronous=settings.asynchronous)
+        self.saver = ckpt.Saver(root, mesh, retention, asynchronous=settings.asynchronous, confirm=confirm)
         self.data, self.written_by = data_fingerprint(config), written_by() if mesh.is_writer else {}
         self.last_problem: str | None = None
 

@@ -4,39 +4,53 @@ from __future__ import annotations
 
 import functools
 import time
+from pathlib import Path
 
 from ..parallel.mesh import Mesh
+from ..parallel.roll_call import RollCall
 from . import run
 from .config import Config
 from .evaluation import Evaluation
 from .hardware import peak_memory, utilization
+from .lease import Lease, leased
 from .losses import Counts, LossFunction
 from .metrics import MetricsWriter, SpikeMetrics, StepMetrics
 from .objectives import Objective
 from .resume import Start, describe_layout, find_start, layout_of
 from .saving import Saving
+from .stop import StopRequests
 from .watch import largest
 
 
-def train(config: Config, *, resume: str = "auto", stop_after: int | None = None) -> None:
+def train(config: Config, *, resume: str = "auto", stop_after: int | None = None) -> str | None:
     """Train as the configuration says; called on every rank, with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set.
 
     ``resume``: "auto" continues from the run folder's latest checkpoint if it has one, "never" refuses to, a path
     continues from that checkpoint.  ``stop_after``: save and stop once so many steps of the run are done, as if
-    interrupted (the schedule still ends at ``training.steps``).  ValueError in one line for what does not fit together.
+    interrupted (the schedule still ends at ``training.steps``).  Returns what has asked the run to stop before that, in
+    words (it was saved then); None where nothing did.  ValueError in one line for what does not fit together.
     """
     config, vocabulary = run.with_tokenizer(config)
     objective = run.objective_of(config, vocabulary, "train")
     mesh = run.mesh_of(config)
     try:
-        start = find_start(config, mesh, resume)
-        last = config.training.steps if stop_after is None else min(stop_after, config.training.steps)
-        _train(config, mesh, Evaluation(config, mesh, vocabulary), objective, start, last)
+        with leased(Path(config.run_dir), mesh) as lease:
+            start = find_start(config, mesh, resume)
+            last = config.training.steps if stop_after is None else min(stop_after, config.training.steps)
+            return _train(config, mesh, lease, Evaluation(config, mesh, vocabulary), objective, start, last)
     finally:
         mesh.destroy()
 
 
-def _train(config: Config, mesh: Mesh, evaluation: Evaluation, objective: Objective, start: Start, last: int) -> None:
+def _train(
+    config: Config,
+    mesh: Mesh,
+    lease: Lease | None,
+    evaluation: Evaluation,
+    objective: Objective,
+    start: Start,
+    last: int,
+) -> str | None:
     loss_function, kernels = LossFunction(config.heads), run.prepare_kernels(config, mesh)
     engine, watch = run.build_engine(config, mesh, start, loss_function), run.watch_of(config, start)
     training = config.training
@@ -53,8 +67,9 @@ def _train(config: Config, mesh: Mesh, evaluation: Evaluation, objective: Object
         config_text=config.to_yaml(),
         console_interval=config.logging.interval,
     )
-    saving = Saving(config, mesh, engine, watch, writer)
-    with writer, loader:
+    saving = Saving(config, mesh, engine, watch, writer, None if lease is None else lease.confirm)
+    roll_call, asked_by = RollCall(mesh), None
+    with writer, loader, StopRequests(config.checkpoint.margin_seconds) as stop:
         for damage in start.passed_over:
             writer.message(f"not taken: {damage}")
         writer.message(_greeting(config, mesh, start))
@@ -103,9 +118,19 @@ def _train(config: Config, mesh: Mesh, evaluation: Evaluation, objective: Object
             if evaluation.due(done):
                 metrics["validation_loss"] = evaluation(engine, writer, done)
             saving.poll()
-            if saving.due(done, last):
+            if done < last:
+                asked_by = stop.agreed(roll_call.answer())
+                roll_call.ask(stop.code)
+            if lease is not None:
+                lease.check()
+            if asked_by is not None or saving.due(done, last):
                 saving.save(done, metrics)
+            if asked_by is not None:
+                writer.message(f"asked to stop ({asked_by}): saving after step {done}; the same command goes on")
+                break
+        roll_call.answer()
         saving.finish()
+    return asked_by
 
 
 def _greeting(config: Config, mesh: Mesh, start: Start) -> str:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ...parallel.mesh import Mesh
 from ...parallel.parts import Piece
+from ...parallel.roll_call import RollCall
 from ..files import explain
 from . import folders
 from .folders import Retention
@@ -86,21 +87,31 @@ class _Pending:
     writing: bool = True  # its files; then the manifest
     bytes: int = 0
     stall: float = 0.0
-    asked: tuple[Any, Tensor] | None = None  # whether all threads have ended: a request, and where the answer comes
 
 
 class Saver:
     """Saves checkpoints below ``root``, one at a time.
 
     ``asynchronous``: ``save`` returns when the state is copied; the copy is kept, and used again for the next one.
-    Otherwise it returns when all is on the disk, and nothing is copied on a CPU.
+    Otherwise it returns when all is on the disk, and nothing is copied on a CPU.  ``confirm``: called on the writer
+    before a checkpoint gets its name; what it raises is raised where the training is.
     """
 
-    def __init__(self, root: Path, mesh: Mesh, retention: Retention, *, asynchronous: bool = False) -> None:
+    def __init__(
+        self,
+        root: Path,
+        mesh: Mesh,
+        retention: Retention,
+        *,
+        asynchronous: bool = False,
+        confirm: Callable[[], None] | None = None,
+    ) -> None:
         self.root, self.mesh, self.retention, self.asynchronous = root, mesh, retention, asynchronous
+        self.confirm = confirm
         self.failed = 0  # saves
         self._pending: _Pending | None = None
         self._host: dict[str, Tensor] = {}
+        self._roll_call = RollCall(mesh)  # whose threads have ended
         if mesh.is_writer:
             folders.clear(root)
         mesh.first_problem(None)  # nobody writes there before that
@@ -160,7 +171,7 @@ class Saver:
         began = time.perf_counter()
         if wait:
             pending.work.join()
-            self._answer(pending)
+            self._roll_call.answer()
         saved = self._next_stage(pending) if wait or self._all_over(pending) else None
         pending.stall += time.perf_counter() - began
         if saved is None:
@@ -173,19 +184,11 @@ class Saver:
         the answer comes while a step is made, and nobody waits for the others."""
         if self.mesh.size == 1:
             return not pending.work.is_alive()
-        if self._answer(pending):
+        said = self._roll_call.answer()
+        if said is not None and all(ended for (ended,) in said):
             return True
-        over = torch.tensor(0 if pending.work.is_alive() else 1, device=self.mesh.device)
-        pending.asked = dist.all_reduce(over, op=dist.ReduceOp.MIN, async_op=True), over
+        self._roll_call.ask(not pending.work.is_alive())
         return False
-
-    def _answer(self, pending: _Pending) -> bool:
-        """To what was asked last; False where nothing was."""
-        if pending.asked is None:
-            return False
-        (request, over), pending.asked = pending.asked, None
-        request.wait()
-        return bool(over.item())
 
     def _next_stage(self, pending: _Pending) -> Saved | None:
         """All ranks have ended the stage they were in: begin the next, or say how the save has ended."""
@@ -213,6 +216,8 @@ class Saver:
             manifest = dataclasses.replace(manifest, tokenizer=copied)
         pending.bytes = manifest.bytes
         manifest.write(pending.beside)
+        if self.confirm is not None:
+            self.confirm()
         folders.publish(pending.beside, pending.final)
         try:
             folders.forget(self.root, pending.final, self.retention)
