@@ -116,7 +116,7 @@ class _Process:
     def last_words(self) -> str:
         """The end of what it printed; where it stands, if it still runs."""
         if self.code is None:
-            os.kill(self.pid, signal.SIGUSR1)
+            os.kill(self.pid, signal.SIGUSR2)
             time.sleep(0.5)
         size = self.log.seek(0, os.SEEK_END)
         self.log.seek(max(0, size - 6000))
@@ -230,7 +230,7 @@ class Ranks:
 
 def serve(descriptor: int) -> None:
     """A rank: runs what arrives, one call after the other, until the other end is gone."""
-    faulthandler.register(signal.SIGUSR1)
+    faulthandler.register(signal.SIGUSR2)
     connection = Connection(descriptor)
     calls: queue.SimpleQueue[bytes] = queue.SimpleQueue()
 
