@@ -124,8 +124,10 @@ def _add_resize_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _to_hf(args: argparse.Namespace) -> None:
+    from ..parallel.memory import keep_freed_memory
     from ..pretrain.conversion.to_huggingface import to_huggingface
 
+    keep_freed_memory()  # fresh pages for every tensor took as long as writing it
     verification = None
     if args.verify:
         from ..pretrain.conversion.verify import Verification

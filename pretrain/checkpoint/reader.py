@@ -108,7 +108,7 @@ class Reader:
     def _copy(self, key: str, dtype: torch.dtype, shard: Shard, runs: Runs, into: Tensor) -> None:
         file = self._file_with(key, dtype, shard)
         if runs.count == 1 or (self._trusted and runs.length * dtype.itemsize >= _LONG_RUN):
-            direct = self._trusted and into.dtype == dtype and into.device.type == "cpu"
+            direct = into.dtype == dtype and into.device.type == "cpu"
             for source, target in runs:
                 if direct:
                     file.read_into(key, source, into[target : target + runs.length])

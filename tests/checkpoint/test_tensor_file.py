@@ -44,6 +44,7 @@ def equal(a, b):
 @pytest.fixture
 def small_blocks(monkeypatch):
     monkeypatch.setattr(tensor_file, "BLOCK", 64)
+    monkeypatch.setattr(tensor_file, "_AT_ONCE", 128)
 
 
 # What is written is what is read.
@@ -69,9 +70,9 @@ def test_the_library_reads_what_is_written(tmp_path):
             for file in (ours, trusted):
                 assert file.dtype(name) == tensor.dtype
                 assert equal(file.read(name, 0, tensor.numel()), tensor.reshape(-1)), name
-            into = torch.empty(tensor.shape, dtype=tensor.dtype)
-            trusted.read_into(name, 0, into)
-            assert equal(into, tensor.contiguous()), name
+                into = torch.empty(tensor.shape, dtype=tensor.dtype)
+                file.read_into(name, 0, into)
+                assert equal(into, tensor.contiguous()), name
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -140,9 +141,12 @@ def test_every_range_over_the_edges_of_blocks(dtype, tmp_path, small_blocks):
                 touched = min(-(-last // 64) * 64, about["bytes"]) - first // 64 * 64
                 assert trusted.bytes_read - trusted_before == expected.nbytes
                 assert file.bytes_read - before == touched
-                into = torch.zeros(len(expected) + 2, dtype=dtype)
-                trusted.read_into("x", begin, into[1:-1])
-                assert equal(into[1:-1], expected) and not into[0] and not into[-1]
+                for reader in (trusted, file):
+                    before = reader.bytes_read
+                    into = torch.zeros(len(expected) + 2, dtype=dtype)
+                    reader.read_into("x", begin, into[1:-1])
+                    assert equal(into[1:-1], expected) and not into[0] and not into[-1]
+                    assert reader.bytes_read - before == (expected.nbytes if reader is trusted else touched)
 
 
 def test_more_than_there_is(tmp_path):
@@ -171,6 +175,12 @@ def read_all(path, about, *, trusted=False):
         return {name: file.read(name, 0, file.tensors[name][1]) for name in file.tensors}
 
 
+def read_all_into(path, about):
+    with TensorFile(path, about) as file:
+        for name, (dtype, values, _) in file.tensors.items():
+            file.read_into(name, 0, torch.empty(values, dtype=dtype))
+
+
 def verify(path, about):
     with TensorFile(path, about) as file:
         file.verify()
@@ -191,6 +201,17 @@ def test_every_byte_that_is_not_what_was_written(small):
     with TensorFile(path, about) as file:
         assert equal(file.read("a", 0, 9), tensors["a"])
         refused(lambda: file.read("b", 20, 21), "is damaged")
+
+
+def test_every_byte_where_blocks_are_verified_in_place(tmp_path, small_blocks):
+    path = tmp_path / "long"
+    about = write_tensors(path, {"x": random(torch.float32, 100)})
+    content = path.read_bytes()
+    for at in range(len(content) - 400, len(content)):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        refused(lambda: read_all_into(path, about), f"{path} is damaged (bytes ")
+    path.write_bytes(content)
+    read_all_into(path, about)
 
 
 def test_every_length_that_is_not_what_was_written(small):
