@@ -25,6 +25,7 @@ from .environment import (
     idle_slurm_nodes,
     read_environment,
 )
+from .parent import die_with_launcher
 
 if TYPE_CHECKING:
     from ..pretrain.config import Config
@@ -206,6 +207,8 @@ def _train(args: argparse.Namespace) -> int:
         from .local import free_port
 
         environment = RankEnvironment(0, 0, 1, 1, "127.0.0.1", free_port())
+    else:
+        die_with_launcher()
     check_address(environment)
     apply(environment)
     from ..pretrain.train import train

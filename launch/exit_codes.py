@@ -27,8 +27,9 @@ _MAY_PASS = {
 
 
 def of_system(error: OSError) -> int:
-    """Of an error of the system: whether it may go away by itself."""
-    return IO_ERROR if error.errno in _MAY_PASS else USER_ERROR
+    """Of an error of the system: whether it may go away by itself.  One without a number is of a write that came to no
+    end."""
+    return IO_ERROR if error.errno is None or error.errno in _MAY_PASS else USER_ERROR
 
 
 def of_stop(rank: int, environ: Mapping[str, str] = os.environ) -> int:

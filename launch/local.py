@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import random
 import selectors
@@ -13,13 +12,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from .environment import FAILURE_FILE, RankEnvironment, apply
 from .exit_codes import IO_ERROR, STOPPED, USER_ERROR
+from .parent import die_with
 
 # -P: the working directory is no place to import from (it may well hold a folder named like a package).
 COMMAND = (sys.executable, "-P", "-m", "farspan.launch.cli")
@@ -141,7 +141,7 @@ class _Group:
         if rank > 0:
             env.setdefault("PYTHONUNBUFFERED", "1")
             options |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        started = _Rank(subprocess.Popen(command, preexec_fn=_die_with(os.getpid()), **options))
+        started = _Rank(subprocess.Popen(command, preexec_fn=die_with(os.getpid()), **options))
         if started.process.stdout is not None:
             os.set_blocking(started.process.stdout.fileno(), False)
             self._selector.register(started.process.stdout, selectors.EVENT_READ, started)
@@ -253,20 +253,3 @@ class _Group:
         if lines:
             report += "; its last lines:\n" + "\n".join(f"[rank {rank}] {line}" for line in lines)
         return report
-
-
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
-
-
-def _die_with(parent: int) -> Callable[[], None] | None:
-    """What a new process does first: ask Linux to kill it when its parent ends, however that ends."""
-    if sys.platform != "linux":
-        return None
-    libc = ctypes.CDLL(None)
-
-    def ask() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # too late: the parent is gone
-            os._exit(1)
-
-    return ask

@@ -50,9 +50,9 @@ class Lease:
         """
         path, token = folder / LEASE, uuid.uuid4().hex
         mine = folder / f".{LEASE}.{token}"
-        with _naming(folder):
-            mine.write_text(json.dumps(_about_this_process(token), indent=2) + "\n", encoding="utf-8")
         try:
+            with _naming(folder):
+                mine.write_text(json.dumps(_about_this_process(token), indent=2) + "\n", encoding="utf-8")
             seen = _Holder.of(path)
             began = time.monotonic()
             while True:

@@ -38,6 +38,7 @@ from runs import Run, settings
 from small_disk import no_file_larger_than
 
 from farspan.launch.cli import main
+from farspan.launch.exit_codes import IO_ERROR
 from farspan.launch.local import COMMAND
 from farspan.pretrain import checkpoint as ckpt
 from farspan.pretrain.files import explain
@@ -196,7 +197,7 @@ DENIED = "Permission denied (you need rights there, or another path)"
         ("train @/run.yaml run_dir=@/mine/run", "mine", 0o555, f"@/mine/run: {DENIED}"),
         ("prepare @/mine/out --input @/text.txt --vocab-size 300", "mine", 0o555, f"@/mine/out…: {DENIED}"),
         ("convert to-hf @/run @/mine/out", "mine", 0o555, f"@/mine/.out.tmp: {DENIED}"),
-        (RESUME, "run", 0o555, f"@/run/config.yaml: {DENIED}"),
+        (RESUME, "run", 0o555, f"@/run: {DENIED}"),
         (RESUME, "run.yaml", 0, f"@/run.yaml: {DENIED}"),
         (RESUME, WEIGHTS, 0, f"@/{WEIGHTS}: {DENIED}"),
         (RESUME, "data/dataset.json", 0, f"@/data/dataset.json: {DENIED}"),
@@ -237,7 +238,8 @@ FULL = "File too large (raise the limit on the size of files, ulimit -f)"
         ("prepare @/out --input @/run.yaml --tokenizer @/data/tokenizer", 20_000, f"@/out/train/00000.bin: {FULL}"),
         (EXPORT, 20_000, f"@/.out.tmp/model.safetensors: {FULL}"),
         (IMPORT, 20_000, f"@/.out.tmp/weights-00000.safetensors: {FULL}"),
-        (RESUME, 200, f"@/run/config.yaml: {FULL}"),
+        (RESUME, 200, f"@/run: {FULL}"),
+        (RESUME, 1000, f"@/run/config.yaml: {FULL}"),
     ],
 )
 def test_a_disk_that_is_full(
@@ -254,7 +256,7 @@ def test_a_disk_that_is_full(
 def test_a_disk_that_is_full_when_a_checkpoint_is_saved(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     before = content(place / STEP)
     with no_file_larger_than(20_000):
-        assert main(words(RESUME, place)) == 2
+        assert main(words(RESUME, place)) == IO_ERROR
     beside = f"@/run/checkpoints/.step-{STEPS:08d}.tmp/optimizer-00000.safetensors"
     line = (
         f"the checkpoint of step {STEPS} was not saved ({beside}: {FULL}); older ones are untouched: "
@@ -274,7 +276,7 @@ def test_what_a_full_disk_is_called(monkeypatch: pytest.MonkeyPatch, place: Path
 
     before = content(place)
     monkeypatch.setattr(os, "fsync", full)
-    assert main(words(f"{PREPARE} @/text.txt", place)) == 2
+    assert main(words(f"{PREPARE} @/text.txt", place)) == IO_ERROR
     line = "@/out/settings.json: No space left on device (free some space there)"
     assert_says(capfd.readouterr().err, line, place)
     assert content(place) == before

@@ -17,6 +17,7 @@ from ranks import Ranks
 from runs import Run, settings, train_here
 from small_disk import no_file_larger_than
 
+from farspan.launch.exit_codes import IO_ERROR
 from farspan.launch.local import COMMAND
 from farspan.pretrain import checkpoint as ckpt
 from farspan.pretrain.metrics import read_metrics
@@ -265,7 +266,7 @@ def test_a_disk_that_others_fill(fork_server, prepared, small_disk, whole):
 
 
 def test_a_command_on_a_full_disk(prepared, small_disk, tmp_path, whole):
-    """It ends with one line and code 2; what was saved before is there, and nothing that is half made."""
+    """It ends with one line; what was saved before is there, and nothing that is half made."""
     disk = small_disk(room_for_one(whole))
     run = disk / "run"
     values = settings(prepared, run, STEPS, TINY)
@@ -273,7 +274,7 @@ def test_a_command_on_a_full_disk(prepared, small_disk, tmp_path, whole):
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
     command = [*COMMAND, "train", str(tmp_path / "run.yaml")]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
-    assert ended.returncode == 2
+    assert ended.returncode == IO_ERROR
     (line,) = ended.stderr.splitlines()
     assert line.startswith(f"farspan: the checkpoint of step {STEPS} was not saved ({run}/checkpoints/.step-")
     assert "No space left on device (free some space there)" in line

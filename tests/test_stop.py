@@ -89,6 +89,7 @@ def test_what_the_system_refuses_may_pass() -> None:
     import errno
 
     assert exit_codes.of_system(OSError(errno.ENOSPC, "full")) == exit_codes.IO_ERROR
+    assert exit_codes.of_system(OSError("10 requested and 3 written")) == exit_codes.IO_ERROR
     assert exit_codes.of_system(OSError(errno.EACCES, "no")) == exit_codes.USER_ERROR
 
 
