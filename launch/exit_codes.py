@@ -29,6 +29,8 @@ _MAY_PASS = {
 def of_system(error: OSError) -> int:
     """Of an error of the system: whether it may go away by itself.  One without a number is of a write that came to no
     end."""
+    if isinstance(error, PermissionError):
+        return USER_ERROR
     return IO_ERROR if error.errno is None or error.errno in _MAY_PASS else USER_ERROR
 
 

@@ -86,7 +86,7 @@ def _newest_whole(folders: Sequence[Path], mesh: Mesh) -> tuple[ckpt.Reader | No
     one cannot be read for want of rights or of a file system: it may be whole."""
     damage: list[str] = []
     for folder in folders:
-        reader, problem, refusal = None, None, None
+        reader, problem, refusal, kind = None, None, None, OSError
         try:
             reader = ckpt.Reader(folder)
             reader.verify(mesh.rank, mesh.size)
@@ -96,9 +96,9 @@ def _newest_whole(folders: Sequence[Path], mesh: Mesh) -> tuple[ckpt.Reader | No
             if error.errno == errno.EIO:
                 problem = explain(error)
             else:
-                refusal = explain(error)
+                refusal, kind = explain(error), type(error)
         if (refusal := mesh.first_problem(refusal)) is not None:
-            raise OSError(refusal)
+            raise kind(refusal)
         problem = mesh.first_problem(problem)
         if problem is None:
             assert reader is not None

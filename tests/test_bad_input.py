@@ -308,7 +308,7 @@ def test_a_disk_that_is_full_while_metrics_are_written(place: Path) -> None:
     before = content(place)
     command, size = f"{RESUME} training.steps=60 checkpoint.interval=0", 8000
     ended = start(command, place, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
-    assert ended.returncode == 2
+    assert ended.returncode == IO_ERROR
     line = (
         f"the checkpoint of step 60 was not saved (@/run/metrics.jsonl: {FULL}); older ones are untouched: "
         "the same command goes on from the latest"
