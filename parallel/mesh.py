@@ -27,6 +27,13 @@ class SoloGroup:
         return 0
 
 
+def even_share(count: int, index: int, parts: int) -> range:
+    """The ``index``-th of ``parts`` stretches of ``count`` things: where they do not divide the first are one longer."""
+    size, longer = divmod(count, parts)
+    first = index * size + min(index, longer)
+    return range(first, first + size + (index < longer))
+
+
 @dataclasses.dataclass(frozen=True)
 class Axis:
     """One axis of the mesh: this rank's index on it, its length, and the ranks along it."""
