@@ -118,7 +118,7 @@ class FarspanSide:
     def step(self, batch: object) -> int:
         counts = Counts.of(batch, self.mesh)  # type: ignore[arg-type]
         self.engine.train_batch(
-            *run.microbatches_of(self.config, self.mesh, batch),  # type: ignore[arg-type]
+            *run.microbatches_of(self.config, self.mesh, batch, ROWS),  # type: ignore[arg-type]
             run.stage_runner(self.mesh, dropout=(0, 0)),
             lambda outputs, microbatch: self.loss(outputs, microbatch, counts),
             learning_rate=RATE,

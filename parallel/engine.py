@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .loss_scale import LossScale
-from .mesh import Mesh
+from .mesh import Mesh, even_share
 from .normalization import BatchNorm
 from .parts import Piece
 from .pipeline import Loss, Schedule
@@ -131,8 +131,9 @@ class Engine:
     def gather_rows(self, result: StepResult, rows: int) -> list[float]:
         """What the loss reported of each of a step's ``rows`` (of all replicas), in order; collective over the mesh."""
         every, data = torch.zeros(rows, dtype=torch.float64, device=self.mesh.device), self.mesh.data
-        part = rows // data.size
-        every[data.rank * part :][: len(result.rows)] = result.rows
+        if len(result.rows):  # on the last stage
+            mine = even_share(rows, data.rank, data.size)
+            every[mine.start : mine.stop] = result.rows
         return self._sum_over_ranks(every).tolist()
 
     def _reduce_tied(self) -> None:

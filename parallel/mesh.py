@@ -27,6 +27,13 @@ class SoloGroup:
         return 0
 
 
+def even_share(count: int, index: int, parts: int) -> range:
+    """The ``index``-th of ``parts`` stretches of ``count`` things: where they do not divide the first are one longer."""
+    size, longer = divmod(count, parts)
+    first = index * size + min(index, longer)
+    return range(first, first + size + (index < longer))
+
+
 @dataclasses.dataclass(frozen=True)
 class Axis:
     """One axis of the mesh: this rank's index on it, its length, and the ranks along it."""
@@ -139,6 +146,7 @@ class Mesh:
             tensor_model_parallel_size=tensor,
             pipeline_model_parallel_size=pipeline,
             virtual_pipeline_model_parallel_size=virtual_stages if virtual_stages > 1 else None,
+            distributed_timeout_minutes=timeout_seconds / 60,  # groups do not inherit it
         )
         mesh = Mesh(
             tensor=_axis(parallel_state.get_tensor_model_parallel_group()),

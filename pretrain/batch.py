@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.documents import AttentionKind
+from ..parallel.mesh import even_share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,9 @@ class Batch:
     An unpadded microbatch (``unpadded``) has the tokens of all b rows in one row of t tokens: where a shape below says
     [b, s] it is then [1, t], and ``joined`` says where every token comes from.  ``label_positions`` (still [b, p]) are
     places in that row; without them labels and weights are [1, t].
+
+    ``repeats``: so many of the last rows say another row again, where a microbatch must have more rows than there are.
+    Their weights are 0, and they count for nothing.
     """
 
     input_ids: Tensor  # [b, s] int64
@@ -40,10 +44,16 @@ class Batch:
     label_positions: Tensor | None = None  # [b, p] int64
     sentence_labels: Tensor | None = None  # [b] int64: 0 the second segment follows the first, else 1
     joined: Joined | None = None
+    repeats: int = 0
 
     @property
     def rows(self) -> int:
         return self.sample_ids.shape[0]
+
+    @property
+    def own_rows(self) -> int:
+        """Without those that are repeated: they come first."""
+        return self.rows - self.repeats
 
     @property
     def indices(self) -> Tensor:
@@ -76,11 +86,19 @@ class Batch:
             torch.zeros_like(self.sample_ids).unsqueeze(1) if self.joined is None else self.joined.starts.unsqueeze(1)
         )
 
-    def split(self, size: int) -> list[Batch]:
-        """Cut into microbatches of ``size`` rows (views, in order)."""
-        if self.rows % size:
-            raise ValueError(f"{self.rows} rows do not split into microbatches of {size}")
-        return [self._map(lambda t, i=i: t[i : i + size]) for i in range(0, self.rows, size)]  # type: ignore[misc]
+    def split(self, count: int) -> list[Batch]:
+        """Cut into ``count`` microbatches of consecutive rows (views, in order): where they do not divide the first
+        have one more; where there are fewer rows, the last have none."""
+        return [self.part(even_share(self.rows, i, count)) for i in range(count)]
+
+    def part(self, rows: range, at_least: int = 0) -> Batch:
+        """These rows (views); the one before their end is repeated until there are ``at_least`` so many."""
+        repeats = max(at_least - len(rows), 0)
+        if not repeats:
+            return self._map(lambda t: t[rows.start : rows.stop])
+        part = self._map(lambda t: t[[*rows, *[rows.stop - 1] * repeats]])
+        part.label_weights[len(rows) :] = 0
+        return dataclasses.replace(part, repeats=repeats)
 
     def unpadded(self, length: int) -> Batch:
         """The same predictions from the same tokens without the padding: all rows in one of ``length`` tokens, the
@@ -136,13 +154,24 @@ class Joined:
     starts: Tensor  # [b] int64: the place of each row's first token
 
 
-def microbatches(batch: Batch, rows: int, *, multiple: int, equal: bool) -> tuple[list[Batch], tuple[int, int]]:
-    """A step's batch in microbatches of ``rows`` rows, without padding; and the largest's shape (rows, tokens a row).
+def microbatch_count(rows: int, size: int, *, replicas: int, multiple: int) -> int:
+    """Into how many microbatches every replica cuts its share of a step's ``rows``: the fewest of at most ``size`` rows
+    each, and a ``multiple``."""
+    largest = len(even_share(rows, 0, replicas))
+    return -(-largest // (size * multiple)) * multiple
+
+
+def microbatches(batch: Batch, count: int, *, multiple: int, equal: bool) -> tuple[list[Batch], tuple[int, int]]:
+    """A replica's rows of a step in ``count`` microbatches, without padding; and the largest's shape (rows, tokens a
+    row).
 
     ``multiple``: what the number of tokens of an unpadded microbatch is rounded up to; ``equal``: whether all must have
-    the same (between pipeline stages flow tensors of one shape).
+    the same shape (between pipeline stages flow tensors of one).  Rows are repeated where this, or a microbatch that
+    would be empty, asks for more than there are.
     """
-    parts = batch.split(rows)
+    shares = [even_share(batch.rows, i, count) for i in range(count)]
+    at_least = len(shares[0]) if equal and batch.attention != "padding" else 1
+    parts = [batch.part(share, at_least) for share in shares]
     if batch.attention != "padding":
         return parts, tuple(parts[0].input_ids.shape)  # type: ignore[return-value]
     tokens = [int((part.document_ids > 0).sum()) for part in parts]

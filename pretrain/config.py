@@ -354,25 +354,37 @@ class Config(Section):
             self.check_batches(parallel.data)
 
     def check_batches(self, data: int) -> None:
-        """ValueError where a step's rows, or the evaluation's, do not fall into microbatches on so many data ranks."""
+        """ValueError where a step's rows, or the evaluation's, cannot be spread over so many data ranks."""
         training, ramp = self.training, "training.batch_ramp's size"
         for size in training.batch_sizes.sizes:
-            self._check_rows("training.global_batch_size" if size == training.global_batch_size else ramp, size, data)
+            what = "training.global_batch_size" if size == training.global_batch_size else ramp
+            self._check_rows(what, size, data)
+            if self.model.mixes_rows:
+                self._check_equal_microbatches(what, size, data)
         if self.evaluation.interval:
             self._check_rows("evaluation.rows", self.evaluation.rows, data)
 
     def _check_rows(self, what: str, rows: int, data: int) -> None:
-        micro, parallel = self.training.micro_batch_size, self.parallel
-        if rows % (micro * data):
+        parallel = self.parallel
+        if rows < data:
             raise ValueError(
-                f"{what} {rows} does not divide by training.micro_batch_size {micro} × {data} data ranks: "
-                f"set a multiple of {micro * data}"
+                f"{what} {rows} leaves some of {data} data ranks without a row: set at least {data}, "
+                "or parallel.data to fewer"
             )
-        if parallel.virtual_stages > 1 and rows // (micro * data) % parallel.pipeline:
+        if parallel.virtual_stages > 1 and rows < data * parallel.pipeline:
             raise ValueError(
-                f"{what} {rows} makes {rows // (micro * data)} microbatches on each of {data} data ranks, and the "
-                f"interleaved schedule needs a multiple of parallel.pipeline {parallel.pipeline}: "
-                f"set a multiple of {micro * data * parallel.pipeline}"
+                f"{what} {rows} leaves {rows // data} to some of {data} data ranks, and the interleaved schedule needs "
+                f"parallel.pipeline {parallel.pipeline} microbatches on each: set at least {data * parallel.pipeline}"
+            )
+
+    def _check_equal_microbatches(self, what: str, rows: int, data: int) -> None:
+        micro = self.training.micro_batch_size
+        whole = micro * data * (self.parallel.pipeline if self.parallel.virtual_stages > 1 else 1)
+        if rows % whole:
+            raise ValueError(
+                f"{what} {rows} does not make equal microbatches of training.micro_batch_size {micro} on {data} data "
+                "ranks, as a model needs whose rows depend on the others of their microbatch: "
+                f"set a multiple of {whole}"
             )
 
     @property

@@ -38,11 +38,12 @@ class Evaluation:
     def measure(self, engine: Engine) -> Losses:
         """Global means over ``evaluation.rows`` rows; collective."""
         assert self.objective is not None, "evaluation.interval is 0"
-        loader = run.loader_of(self.objective, self.mesh, BatchSizes(self.config.evaluation.rows), prefetch=0)
+        rows = self.config.evaluation.rows
+        loader = run.loader_of(self.objective, self.mesh, BatchSizes(rows), prefetch=0)
         batch = loader.make(0)
         counts = Counts.of(batch, self.mesh)
         sums = engine.eval_batch(
-            *run.microbatches_of(self.config, self.mesh, batch),
+            *run.microbatches_of(self.config, self.mesh, batch, rows),
             run.stage_runner(self.mesh, dropout=None),
             functools.partial(self.loss_function, counts=counts),
         )

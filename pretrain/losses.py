@@ -54,19 +54,20 @@ class LossFunction:
         return 4 if self.sentences else 2
 
     def __call__(self, outputs: dict[str, Tensor], batch: Batch, counts: Counts) -> tuple[Tensor, Tensor]:
-        """(share of the global loss, scalar; sums over this microbatch [statistics], then each row's mean loss [b])."""
-        weights = batch.label_weights
+        """(share of the global loss, scalar; sums over this microbatch [statistics], then each row's mean loss [b]);
+        without rows that are repeated."""
+        weights, own = batch.label_weights, batch.own_rows
         weighted = outputs["lm_losses"] * weights
         total = weighted.sum()
         loss = total / max(counts.predictions, 1.0)
         sums = [total.detach(), (outputs["lm_correct"] * weights).sum()]
         if self.sentences:
-            sentences = outputs["sentence_losses"].sum()
+            sentences = outputs["sentence_losses"][:own].sum()
             loss = loss + sentences / counts.rows
-            sums += [sentences.detach(), outputs["sentence_correct"].sum()]
+            sums += [sentences.detach(), outputs["sentence_correct"][:own].sum()]
         row_of, rows = batch.label_rows.flatten(), weights.new_zeros(2, batch.rows, dtype=torch.float64)
         rows.index_add_(1, row_of, torch.stack((weighted.detach(), weights)).flatten(1).double())
-        return loss, torch.cat((torch.stack([s.double() for s in sums]), rows[0] / rows[1].clamp(min=1.0)))
+        return loss, torch.cat((torch.stack([s.double() for s in sums]), (rows[0] / rows[1].clamp(min=1.0))[:own]))
 
     def means(self, sums: Sequence[float], counts: Counts) -> Losses:
         """``sums``: statistics added up over the global batch."""

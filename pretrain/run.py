@@ -17,7 +17,7 @@ from ..parallel.loss_scale import LossScale
 from ..parallel.mesh import Mesh, local_device
 from ..parallel.sharding import initialize
 from . import checkpoint as ckpt
-from .batch import Batch, microbatches
+from .batch import Batch, microbatch_count, microbatches
 from .config import Config, check_world
 from .data.loader import Loader
 from .data.store import TokenStore, read_manifest
@@ -142,12 +142,18 @@ def learning_rate_of(config: Config, step: int) -> float:
     )
 
 
-def microbatches_of(config: Config, mesh: Mesh, batch: Batch) -> tuple[list[Batch], tuple[int, int]]:
-    """A data rank's part of a global batch as its stages compute it, without padding, and the shape of the largest."""
+def microbatches_of(config: Config, mesh: Mesh, batch: Batch, rows: int) -> tuple[list[Batch], tuple[int, int]]:
+    """A data rank's part of a global batch of ``rows`` rows as its stages compute it, without padding, and the shape of
+    the largest microbatch.  Every replica has as many of them."""
     # Matrix products like multiples of 8, and sequence parallelism splits the tokens.
     multiple = 8 * (mesh.tensor.size if mesh.sequence_parallel else 1)
-    rows = config.training.micro_batch_size
-    return microbatches(batch, rows, multiple=multiple, equal=mesh.pipeline.size > 1)
+    count = microbatch_count(
+        rows,
+        config.training.micro_batch_size,
+        replicas=mesh.data.size,
+        multiple=mesh.pipeline.size if mesh.virtual_stages > 1 else 1,
+    )
+    return microbatches(batch, count, multiple=multiple, equal=mesh.pipeline.size > 1)
 
 
 def stage_runner(mesh: Mesh, *, dropout: tuple[int, int] | None, recompute: Recompute = "none") -> Callable[..., Any]:

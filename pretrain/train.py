@@ -76,12 +76,12 @@ def _train(
         writer.message(kernels)
         for step in range(start.step, last):
             began = time.perf_counter()
-            batch = loader.batch(step)
+            batch, samples = loader.batch(step), sizes.samples_of(step)
             waited = time.perf_counter() - began
             counts = Counts.of(batch, mesh)
             rate = run.learning_rate_of(config, step)
             result = engine.train_batch(
-                *run.microbatches_of(config, mesh, batch),
+                *run.microbatches_of(config, mesh, batch, len(samples)),
                 run.stage_runner(mesh, dropout=(training.seed, step), recompute=training.recompute),
                 functools.partial(loss_function, counts=counts),
                 learning_rate=rate,
@@ -108,7 +108,6 @@ def _train(
                 )
             )
             if trouble is not None:
-                samples = sizes.samples_of(step)
                 worst = largest(dict(zip(samples, engine.gather_rows(result, len(samples)), strict=True)))
                 writer.spike(SpikeMetrics(done, trouble, losses.loss, result.gradient_norm, samples, worst))
                 if watch.gives_up(training.max_skipped_steps):

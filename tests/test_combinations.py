@@ -42,11 +42,11 @@ LAYOUT: Options = {
     "parallel.sequence": (False, True),
     "parallel.pipeline": (1, 2, 4),
     "parallel.virtual_stages": (1, 2),
-    "parallel.data": (1, 2),
+    "parallel.data": (1, 2, 3),
     "parallel.zero_stage": (0, 1, 2, 3),
     "parallel.offload_optimizer": (False, True),
     "training.recompute": ("none", "selective", "full"),
-    "training.micro_batch_size": (2, 1, 4),
+    "training.micro_batch_size": (2, 1, 3, 4),
 }
 # What is computed, whatever the layout.
 KIND: Options = {
@@ -69,15 +69,16 @@ RAMPS = {"none": None, "4 to 8": {"start": 4, "increment": 4, "samples": 6}}
 ODD: Options = {
     "parallel.tensor": (3,),
     "parallel.pipeline": (8,),
-    "training.micro_batch_size": (3, 16),
+    "parallel.data": (5, 9),
+    "training.micro_batch_size": (5, 16),
     "data.sequence_length": (32, 31),
     "model.type_vocab_size": (2, 1),
 }
 
 
-def uneven(ramp: str, whole: int) -> bool:
-    """Whether a batch size that occurs is no multiple of ``whole``; the evaluation has that of the largest."""
-    return any(rows % whole for rows in (ROWS, *([4] if RAMPS[ramp] else [])))
+def smallest(ramp: str) -> int:
+    """The smallest batch that occurs; the evaluation has that of the largest."""
+    return RAMPS[ramp]["start"] if RAMPS[ramp] else ROWS
 
 
 # What must be refused: its reason in the configuration's line.  First the table of docs/layout-contract.md, row by row.
@@ -103,12 +104,9 @@ DOCUMENTED = [
         r"parallel.virtual_stages \d interleaves over pipeline ranks and parallel.pipeline is 1",
     ),
     Rule(
-        (
-            "parallel.virtual_stages", "parallel.pipeline", "training.micro_batch_size", "parallel.data",
-            "training.batch_ramp",
-        ),
-        lambda chunks, pipeline, micro, data, ramp: chunks > 1 and uneven(ramp, micro * data * pipeline),
-        r"makes \d+ microbatches on each of \d data ranks, and the interleaved schedule needs a multiple of",
+        ("parallel.virtual_stages", "parallel.pipeline", "parallel.data", "training.batch_ramp"),
+        lambda chunks, pipeline, data, ramp: chunks > 1 and smallest(ramp) < data * pipeline,
+        r"leaves \d+ to some of \d data ranks, and the interleaved schedule needs parallel.pipeline \d microbatches",
     ),
     Rule(
         ("parallel.pipeline", "parallel.virtual_stages", "model.num_hidden_layers"),
@@ -136,9 +134,9 @@ DOCUMENTED = [
         r"model.(num_attention_heads|intermediate_size) \d+ does not divide by parallel.tensor \d",
     ),
     Rule(
-        ("training.micro_batch_size", "parallel.data", "training.batch_ramp"),
-        lambda micro, data, ramp: uneven(ramp, micro * data),
-        r"(global_batch_size|batch_ramp's size) \d+ does not divide by training.micro_batch_size \d+ × \d data ranks",
+        ("parallel.data", "training.batch_ramp"),
+        lambda data, ramp: smallest(ramp) < data,
+        r"(global_batch_size|batch_ramp's size) \d+ leaves some of \d data ranks without a row",
     ),
 ]  # fmt: skip
 REFUSED = [

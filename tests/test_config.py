@@ -126,6 +126,7 @@ def refused(path: Path, *overrides: str) -> str:
 # Values.  Each: what is set, and what the one line says of it.
 
 MEGATRON = "model.model_type=megatron-bert"
+MEGA = "model={model_type: mega, num_hidden_layers: 2, normalization_type: batchnorm}"
 REFUSED: list[tuple[list[str], str]] = [
     # One value.
     (["training.steps=0"], "training.steps = 0: must be greater than 0"),
@@ -190,12 +191,12 @@ REFUSED: list[tuple[list[str], str]] = [
     *(([f"parallel.zero_stage={stage}", "parallel.pipeline=2"],
        f"parallel.zero_stage {stage} does not go with parallel.pipeline 2 (gradients of all microbatches are needed at "
        "once): set zero_stage to 0 or 1, or pipeline to 1") for stage in (2, 3)),
-    (["parallel.data=3"],
-     "training.global_batch_size 32 does not divide by training.micro_batch_size 8 × 3 data ranks: set a multiple of "
-     "24"),
-    (["parallel.data=1", "training.global_batch_size=12"],
-     "training.global_batch_size 12 does not divide by training.micro_batch_size 8 × 1 data ranks: set a multiple of "
-     "8"),
+    (["parallel.data=33"],
+     "training.global_batch_size 32 leaves some of 33 data ranks without a row: set at least 33, or parallel.data to "
+     "fewer"),
+    ([MEGA, "parallel.data=3"],
+     "training.global_batch_size 32 does not make equal microbatches of training.micro_batch_size 8 on 3 data ranks, "
+     "as a model needs whose rows depend on the others of their microbatch: set a multiple of 24"),
     (["parallel.sequence=true"],
      "parallel.sequence splits over the tensor ranks and parallel.tensor is 1: raise it, or leave sequence out"),
     (["parallel.tensor=2", "parallel.sequence=true", "data.sequence_length=31"],
@@ -206,9 +207,9 @@ REFUSED: list[tuple[list[str], str]] = [
     (["parallel.virtual_stages=2", "parallel.pipeline=2"],
      "parallel.pipeline 2 × virtual_stages 2 exceeds model.num_hidden_layers 2: "
      "set at most that, a stage needs a layer"),
-    (["parallel.virtual_stages=2", "parallel.pipeline=2", "model.num_hidden_layers=4", "parallel.data=4"],
-     "training.global_batch_size 32 makes 1 microbatches on each of 4 data ranks, and the interleaved schedule needs a "
-     "multiple of parallel.pipeline 2: set a multiple of 64"),
+    (["parallel.virtual_stages=2", "parallel.pipeline=2", "model.num_hidden_layers=4", "parallel.data=17"],
+     "training.global_batch_size 32 leaves 1 to some of 17 data ranks, and the interleaved schedule needs "
+     "parallel.pipeline 2 microbatches on each: set at least 34"),
     (["parallel.offload_optimizer=true", "parallel.zero_stage=0"],
      "parallel.offload_optimizer is part of ZeRO and parallel.zero_stage is 0: set zero_stage to 1, 2 or 3"),
     (["parallel.offload_optimizer=true", "parallel.zero_stage=2", "training.dtype=float16"],
@@ -221,9 +222,9 @@ REFUSED: list[tuple[list[str], str]] = [
      "training.batch_ramp: a batch ramp from 12 by 8 does not arrive at 32: set start below "
      "training.global_batch_size, "
      "and an increment that divides the difference"),
-    (["training.batch_ramp={start: 12, increment: 4, samples: 100}", "parallel.data=1"],
-     "training.batch_ramp's size 12 does not divide by training.micro_batch_size 8 × 1 data ranks: set a multiple of "
-     "8"),
+    (["training.batch_ramp={start: 12, increment: 4, samples: 100}", "parallel.data=16"],
+     "training.batch_ramp's size 12 leaves some of 16 data ranks without a row: set at least 16, or parallel.data to "
+     "fewer"),
     # The schedule.
     (["schedule.warmup_steps=1001"],
      "schedule: 1001 warm-up steps do not fit: set 0 to 1000, the number of training steps"),
@@ -315,11 +316,11 @@ def test_ranks_that_fit(overrides: list[str], ranks: int, data: int, file: Path)
          "section"),
         (["parallel.data=2", "parallel.tensor=2"], 2,
          "2 ranks do not make parallel.tensor 2 × pipeline 1 × data 2: start 4 ranks, or change the parallel section"),
-        ([], 3,
-         "training.global_batch_size 32 does not divide by training.micro_batch_size 8 × 3 data ranks: set a multiple "
-         "of 24"),
-        (["evaluation.interval=1", "evaluation.rows=40"], 2,
-         "evaluation.rows 40 does not divide by training.micro_batch_size 8 × 2 data ranks: set a multiple of 16"),
+        ([], 33,
+         "training.global_batch_size 32 leaves some of 33 data ranks without a row: set at least 33, or parallel.data "
+         "to fewer"),
+        (["evaluation.interval=1", "evaluation.rows=1"], 2,
+         "evaluation.rows 1 leaves some of 2 data ranks without a row: set at least 2, or parallel.data to fewer"),
     ],
 )  # fmt: skip
 def test_ranks_that_do_not_fit(overrides: list[str], ranks: int, message: str, file: Path) -> None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
-from pathlib import Path
-
 import pytest
 from comparison import BFLOAT16, RELATIVE, assert_all_close, difference
-from runs import MEGA, MRA, NYSTROMFORMER, Run, ranks_of, settings, train_here
+from runs import MEGA, MRA, NYSTROMFORMER, Run, Trainer, train_here
 
 from farspan.benchmarks.layouts import LAYOUTS
 from farspan.benchmarks.layouts import worst as worst_steps
@@ -57,21 +54,6 @@ KINDS = {
     "nystromformer, padded": ({"model": NYSTROMFORMER} | PADDED | {"training.recompute": "selective"}, 2),
     "batch ramp": (DROPOUT | {"training.batch_ramp": {"start": 4, "increment": 4, "samples": 15}}, 1),
 }
-
-
-class Trainer:
-    """Runs configurations on the shared ranks, each in a folder of its own."""
-
-    def __init__(self, ranks, data: Path, root: Path) -> None:
-        self.ranks, self.data, self.root = ranks, data, root
-        self.numbers = itertools.count()
-
-    def __call__(self, steps: int, overrides: dict, function=train_here) -> Run:
-        run = Run(self.root / str(next(self.numbers)))
-        values = settings(self.data, run.folder, steps, overrides)
-        errors = self.ranks.run(function, values, count=ranks_of(values), seconds=200)
-        assert not any(errors), errors
-        return run
 
 
 @pytest.fixture

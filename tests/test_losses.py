@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from farspan.parallel.mesh import Mesh
-from farspan.pretrain.batch import Batch
+from farspan.pretrain.batch import Batch, microbatches
 from farspan.pretrain.losses import Counts, LossFunction
 
 ROWS, LENGTH, PREDICTIONS, VOCABULARY, FEATURES = 8, 10, 5, 11, 6
@@ -66,12 +66,19 @@ class Model:
         }
 
 
-def accumulated(heads: tuple[str, ...], rows: int, weights: Tensor) -> tuple[float, list[float], list[Tensor]]:
-    """Loss, statistics and gradients of the whole batch, ``rows`` at a time."""
+def parts_of(batch: Batch, count: int) -> list[Batch]:
+    """Microbatches of equal shape: where they do not divide, some rows are repeated."""
+    parts, (rows, _) = microbatches(dataclasses.replace(batch, attention="full"), count, multiple=1, equal=True)
+    assert {part.rows for part in parts} == {rows} == {-(-ROWS // count)}
+    return parts
+
+
+def accumulated(heads: tuple[str, ...], count: int, weights: Tensor) -> tuple[float, list[float], list[Tensor]]:
+    """Loss, statistics and gradients of the whole batch in so many microbatches."""
     model, function, batch = Model.make(), LossFunction(heads), batch_of(weights.double())
     counts = Counts.of(batch, Mesh.solo())
     total, sums = 0.0, torch.zeros(function.statistics, dtype=torch.float64)
-    for microbatch in batch.split(rows):
+    for microbatch in parts_of(batch, count):
         loss, statistics = function(model(microbatch), microbatch, counts)
         loss.backward()
         total += loss.item()
@@ -92,10 +99,10 @@ def expected(heads: tuple[str, ...], weights: Tensor) -> tuple[float, list[Tenso
     return loss.item(), [p.grad for p in (model.words, model.sentences) if p.grad is not None]
 
 
-@pytest.mark.parametrize("rows", [8, 4, 2, 1])
+@pytest.mark.parametrize("count", [1, 2, 4, 8, 3, 5, 11])
 @pytest.mark.parametrize("heads", [("lm",), ("lm", "nsp")])
-def test_microbatches_do_not_change_the_loss(heads: tuple[str, ...], rows: int) -> None:
-    loss, sums, gradients = accumulated(heads, rows, UNEVEN)
+def test_microbatches_do_not_change_the_loss(heads: tuple[str, ...], count: int) -> None:
+    loss, sums, gradients = accumulated(heads, count, UNEVEN)
     whole, whole_gradients = expected(heads, UNEVEN)
     assert loss == pytest.approx(whole, rel=1e-13)
     for ours, theirs in zip(gradients, whole_gradients, strict=True):
@@ -108,7 +115,7 @@ def test_a_mean_of_means_would_be_seen() -> None:
     """The fault that this guards against, and that public trainers have: it is far outside the tolerance."""
     model, batch = Model.make(), batch_of(UNEVEN.double())
     means = []
-    for microbatch in batch.split(2):
+    for microbatch in batch.split(4):
         weights = microbatch.label_weights
         means.append(((model(microbatch)["lm_losses"] * weights).sum() / weights.sum().clamp(min=1)).item())
     assert abs(sum(means) / len(means) - expected(("lm",), UNEVEN)[0]) > 0.05
@@ -132,12 +139,13 @@ def test_statistics() -> None:
     assert LossFunction(heads).statistics == 4
 
 
-def test_each_row_has_its_mean_loss() -> None:
+@pytest.mark.parametrize("count", [2, 3, 11])
+def test_each_row_has_its_mean_loss(count: int) -> None:
     batch, function, model = batch_of(UNEVEN.double()), LossFunction(("lm", "nsp")), Model.make()
     losses = model(batch)["lm_losses"].detach()
     wanted = [row[used].mean().item() if used.any() else 0.0 for row, used in zip(losses, UNEVEN, strict=True)]
     counts, found = Counts.of(batch, Mesh.solo()), []
-    for microbatch in batch.split(4):
+    for microbatch in parts_of(batch, count):
         found += function(model(microbatch), microbatch, counts)[1][function.statistics :].tolist()
     assert found == pytest.approx(wanted, rel=1e-12)
 

@@ -153,11 +153,14 @@ def test_packed_padded_and_joined_are_one(described):
     assert (counts.predictions, counts.tokens) == (counts_of(padded).predictions, counts_of(padded).tokens)
     wanted = loss_and_gradients(model, [packed], counts)
     cases = {
-        "packed, microbatches of 2": packed.split(2),
+        "packed, microbatches of 2": packed.split(len(LENGTHS) // 2),
         "padded": [padded],
-        "padded, microbatches of 1": padded.split(1),
-        "joined": microbatches(padded, padded.rows, multiple=8, equal=False)[0],
-        "joined, microbatches of 2, of one length": microbatches(padded, 2, multiple=8, equal=True)[0],
+        "padded, microbatches of 1": padded.split(padded.rows),
+        "joined": microbatches(padded, 1, multiple=8, equal=False)[0],
+        "joined, 6 microbatches of one length": microbatches(padded, 6, multiple=8, equal=True)[0],
+        "packed, some rows repeated": microbatches(packed, 4, multiple=8, equal=True)[0],
+        "packed, more microbatches than rows": microbatches(packed, 8, multiple=8, equal=False)[0],
+        "joined, more microbatches than rows": microbatches(padded, padded.rows + 1, multiple=8, equal=True)[0],
     }
     for name, parts in cases.items():
         loss, gradients = loss_and_gradients(model, parts, counts)

@@ -86,7 +86,7 @@ class FarspanSide:
 
     def step(self) -> float:
         result = self.engine.train_batch(
-            *run.microbatches_of(self.config, self.mesh, self.batch),
+            *run.microbatches_of(self.config, self.mesh, self.batch, self.batch.rows),
             run.stage_runner(self.mesh, dropout=(SEED, self.steps)),
             functools.partial(self.loss, counts=self.counts),
             learning_rate=RATE,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ...parallel.mesh import even_share
 from ..batch import Batch
 from ..schedule import BatchSizes
 
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 class Loader:
     """This data rank's batch of every global step, made a few steps ahead.
 
-    Data rank r of R takes the r-th of R equal slices of a step's samples.  Nothing is replayed, whichever step comes
-    first.
+    Data rank r of R takes the r-th of R slices of a step's samples (``even_share``: where they do not divide, the first
+    ranks have one more).  Nothing is replayed, whichever step comes first.
 
     Args:
         objective: makes the batches.
@@ -46,10 +47,10 @@ class Loader:
         pin_memory: bool = False,
     ) -> None:
         for size in sizes.sizes:
-            if size < 1 or size % data_size:
+            if size < data_size:
                 raise ValueError(
-                    f"a global batch of {size} rows does not split over {data_size} data ranks: "
-                    f"set it to a multiple of {data_size}"
+                    f"a global batch of {size} rows leaves some of {data_size} data ranks without one: "
+                    f"set it to at least {data_size}, or start fewer ranks"
                 )
         if not 0 <= data_rank < data_size:
             raise ValueError(f"data rank {data_rank} is outside [0, {data_size})")
@@ -63,9 +64,8 @@ class Loader:
     def make(self, step: int) -> Batch:
         """Make the batch of one step now, in this thread."""
         samples = self._sizes.samples_of(step)
-        rows = len(samples) // self._data_size
-        first = samples.start + self._data_rank * rows
-        batch = self.objective.batch(np.arange(first, first + rows))
+        mine = even_share(len(samples), self._data_rank, self._data_size)
+        batch = self.objective.batch(np.arange(samples.start + mine.start, samples.start + mine.stop))
         return batch.pin_memory() if self._pin_memory else batch
 
     def batch(self, step: int) -> Batch:

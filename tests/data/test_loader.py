@@ -48,11 +48,13 @@ def no_thread_is_left():
 
 @pytest.mark.parametrize("prefetch", [0, 1, 3])
 @pytest.mark.parametrize("start", [0, 1_000_000])
-def test_ranks_share_each_global_batch(prefetch, start):
+@pytest.mark.parametrize(("ranks", "sizes"), [(3, {4}), (5, {2, 3}), (12, {1})])
+def test_ranks_share_each_global_batch(prefetch, start, ranks, sizes):
     seen = []
-    for rank in range(3):
-        with Loader(Counting(), BatchSizes(12), data_rank=rank, data_size=3, prefetch=prefetch) as loader:
+    for rank in range(ranks):
+        with Loader(Counting(), BatchSizes(12), data_rank=rank, data_size=ranks, prefetch=prefetch) as loader:
             seen.append(torch.stack([batch.sample_ids for batch in loader.steps(start, start + 4)]))
+    assert {part.shape[1] for part in seen} == sizes
     together = torch.cat(seen, dim=1)
     assert together.flatten().tolist() == list(range(start * 12, (start + 4) * 12))
 
@@ -96,8 +98,8 @@ def test_errors_reach_the_consumer(prefetch):
 
 
 def test_errors_are_one_clear_line():
-    with pytest.raises(ValueError, match="10 rows does not split over 4 data ranks: set it to a multiple of 4"):
-        Loader(Counting(), BatchSizes(10), data_size=4)
+    with pytest.raises(ValueError, match="3 rows leaves some of 4 data ranks without one: set it to at least 4, or"):
+        Loader(Counting(), BatchSizes(3), data_size=4)
     with pytest.raises(ValueError, match="outside"):
         Loader(Counting(), BatchSizes(8), data_rank=4, data_size=4)
 

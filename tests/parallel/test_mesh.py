@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
@@ -34,6 +36,27 @@ def create_wrongly():
         return str(error)
     finally:
         dist.destroy_process_group()
+
+
+def wait_for_the_other(seconds: float) -> str | None:
+    """A rank that does not come to a sum of the replicas: what becomes of the other, and how soon."""
+    mesh = Mesh.create(1, 1, device=torch.device("cpu"), timeout_seconds=seconds)
+    began, failure = time.monotonic(), None
+    try:
+        if mesh.data.first:
+            mesh.data.all_reduce(torch.ones(1))
+        else:
+            time.sleep(seconds + 3)
+    except RuntimeError as error:
+        failure = f"{time.monotonic() - began:.0f} s: {error}"
+    mesh.destroy()
+    return failure
+
+
+def test_groups_wait_as_long_as_they_are_told(ranks):
+    failure, nothing = ranks.run(wait_for_the_other, 2.0, count=2, seconds=30)
+    assert nothing is None and failure is not None and failure.startswith(("2 s", "3 s")), failure
+    ranks.stop()  # one of them has broken connections
 
 
 def test_ranks_that_do_not_divide_are_refused(ranks):

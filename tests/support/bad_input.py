@@ -99,12 +99,12 @@ CONFIGURATION = [
         "or pipeline to 1",
     ),
     Kind(
-        "a batch that does not factor", nothing, f"{NEW} training.global_batch_size=7",
-        "training.global_batch_size 7 does not divide by training.micro_batch_size 2 × 1 data ranks: set …",
+        "a batch of fewer rows than ranks", nothing, f"{NEW} training.global_batch_size=2 --ranks 3",
+        "training.global_batch_size 2 leaves some of 3 data ranks without a row: set …",
     ),
     Kind(
-        "an evaluation that does not factor", nothing, f"{NEW} evaluation.interval=1 evaluation.rows=7",
-        "evaluation.rows 7 does not divide by training.micro_batch_size 2 × 1 data ranks: set a multiple of 2",
+        "an evaluation of fewer rows than ranks", nothing, f"{NEW} evaluation.interval=1 evaluation.rows=1 --ranks 2",
+        "evaluation.rows 1 leaves some of 2 data ranks without a row: set at least 2, or parallel.data to fewer",
     ),
     Kind(
         "ranks that do not make the layout", nothing, f"{NEW} parallel.tensor=2 --ranks 3",

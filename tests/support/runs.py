@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 import warnings
 from pathlib import Path
@@ -119,3 +120,21 @@ def train_here(values: dict[str, Any], **options: Any) -> str | None:
             raise
         return str(error)
     return None
+
+
+class Trainer:
+    """Runs configurations on the shared ranks, each in a folder of its own."""
+
+    def __init__(self, ranks: Any, data: Path, root: Path) -> None:
+        self.ranks, self.data, self.root = ranks, data, root
+        self.numbers = itertools.count()
+
+    def __call__(
+        self, steps: int, overrides: dict[str, Any], function: Any = train_here, run: Run | None = None, **options: Any
+    ) -> Run:
+        """``run``: one to go on with; ``options`` are those of ``train``."""
+        run = run or Run(self.root / str(next(self.numbers)))
+        values = settings(self.data, run.folder, steps, overrides)
+        errors = self.ranks.run(function, values, count=ranks_of(values), seconds=200, **options)
+        assert not any(errors), errors
+        return run
