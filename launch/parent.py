@@ -12,14 +12,14 @@ from pathlib import Path
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def die_with(parent: int) -> Callable[[], None] | None:
-    """What a process does to be killed by Linux when its parent ends; elsewhere None."""
+def die_with(parent: int, number: int = signal.SIGKILL) -> Callable[[], None] | None:
+    """What a process does to get a signal from Linux when its parent ends; elsewhere None."""
     if sys.platform != "linux":
         return None
     libc = ctypes.CDLL(None)
 
     def ask() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        libc.prctl(_PR_SET_PDEATHSIG, number)
         if os.getppid() != parent:  # too late: the parent is gone
             os._exit(1)
 
