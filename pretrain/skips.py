@@ -34,6 +34,7 @@ def skipping(sizes: BatchSizes, first: int, last: int) -> tuple[Skip, ...]:
     """The skips with which step ``first`` gets what step ``last`` + 1 would get with those that ``sizes`` has; steps
     counted from 1.  What those leave out between the two stays left out, and so it does after them."""
     samples = sizes.samples_of(last).start - sizes.samples_of(first - 1).start
+    samples += sum(skip.samples for skip in sizes.skips if skip.step == first)
     others = [skip for skip in sizes.skips if not first <= skip.step <= last + 1]
     return ordered([*others, Skip(first, samples)])
 

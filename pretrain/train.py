@@ -90,6 +90,8 @@ def _train(
             writer.message(f"not taken: {damage}")
         writer.message(_greeting(config, mesh, start))
         writer.message(kernels)
+        if not objective.rows.store.checked:
+            writer.message(f"{config.data.folder} was prepared without checksums: damage to its tokens goes unseen")
         going_back.check(start.step)
         for step in range(start.step, last):
             began = time.perf_counter()

@@ -11,7 +11,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +59,11 @@ def train_poisoned(
     poison: Sequence[tuple[int, int]] = POISON,
     factor: float = 40.0,
     at_step: int = 0,
-    then: Callable[[dict[str, Any]], None] | None = None,
+    then: str | None = None,
     **options: Any,
 ) -> Answer:
     """Train, with losses ``factor`` times as large in microbatches that have poisoned samples; the error and what
-    was said.  ``then``: what happens once, at the end of step ``at_step``."""
+    was said.  ``then``: which function is called, once, at the end of step ``at_step``."""
     from farspan.pretrain.losses import LossFunction
     from farspan.pretrain.metrics import MetricsWriter
 
@@ -85,7 +85,7 @@ def train_poisoned(
     def reported(self, metrics):
         train(self, metrics)
         if then is not None and metrics.step == at_step and not happened:
-            happened.append(then(values))
+            happened.append(globals()[then](values))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LossFunction, "__call__", sick)
@@ -139,6 +139,12 @@ def assert_same_run(folder: Path, other: Path) -> None:
     assert watches[0] == watches[1]
 
 
+def undone(folder: Path) -> list[dict[str, Any]]:
+    """What undone.jsonl says of steps, evaluations and spikes."""
+    of_steps = [line for line in read_metrics(folder / "undone.jsonl") if "failed_saves" not in line]
+    return [{key: value for key, value in line.items() if key not in OF_THE_MACHINE} for line in of_steps]
+
+
 def records(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "rollbacks.jsonl").read_text().splitlines()]
 
@@ -161,11 +167,10 @@ def test_a_spike_is_undone_and_the_run_can_be_repeated(start, ranks, tmp_path, n
     steps = [line["step"] for line in lines(folder) if "loss" in line]
     assert steps == list(range(1, STEPS + 1))
     assert max(loss for loss, _ in Run(folder).steps()) < 10
-    undone = [json.loads(line) for line in (folder / "undone.jsonl").read_text().splitlines()]
-    assert {line["rollback"] for line in undone} == {1}
-    there = [line["step"] for line in undone if "lr" in line]
+    assert {line["rollback"] for line in undone(folder)} == {1}
+    there = [line["step"] for line in undone(folder) if "lr" in line]
     assert there == list(range(record["checkpoint_step"] + 1, record["step"] + 1))
-    assert sum("worst_samples" in line for line in undone) == 2
+    assert sum("worst_samples" in line for line in undone(folder)) == 2
     assert not (folder / "spikes.jsonl").exists() or not (folder / "spikes.jsonl").read_text()
 
     assert yaml.safe_load((folder / "config.yaml").read_text())["data"]["skip"] == [record["skip"]]
@@ -180,10 +185,11 @@ def test_without_the_rollback_the_poison_is_trained_on(start, ranks, tmp_path):
     assert error is None and not (tmp_path / "run/rollbacks.jsonl").exists()
     assert [loss > 50 for loss, _ in Run(tmp_path / "run").steps()] == [9 <= step <= 11 for step in range(1, STEPS + 1)]
     spikes = [json.loads(line) for line in (tmp_path / "run/spikes.jsonl").read_text().splitlines()]
-    assert [spike["step"] for spike in spikes] == [9, 10, 11] and "deviations above" in spikes[0]["reason"]
+    # Of the four losses before the third two are large already.
+    assert [spike["step"] for spike in spikes] == [9, 10] and "deviations above" in spikes[0]["reason"]
     repeat(ranks, tmp_path / "run", tmp_path / "healthy")
-    assert lines(tmp_path / "run")[:8] == lines(tmp_path / "healthy")[:8]
-    assert lines(tmp_path / "run")[8] != lines(tmp_path / "healthy")[8]
+    poisoned, healthy = Run(tmp_path / "run").steps(), Run(tmp_path / "healthy").steps()
+    assert poisoned[:8] == healthy[:8] and poisoned[8] != healthy[8]
 
 
 @pytest.mark.parametrize("second", [(128, 152), (104, 128)], ids=["later", "so soon that the two are one"])
@@ -219,7 +225,7 @@ def without_checkpoints(values: dict[str, Any]) -> None:
 
 def test_without_a_good_checkpoint_the_run_goes_on(start, tmp_path):
     overrides = {"checkpoint.asynchronous": False}
-    error, said = start("run", overrides, at_step=8, then=without_checkpoints)
+    error, said = start("run", overrides, at_step=8, then=without_checkpoints.__name__)
     assert error is None and not (tmp_path / "run/rollbacks.jsonl").exists()
     (line,) = [line for line in said if "no rollback" in line]
     assert "step 10" in line and "no whole checkpoint is left from before step 9: the run goes on" in line
@@ -261,7 +267,7 @@ def ask_to_stop(values: dict[str, Any]) -> None:
 
 def test_asked_to_stop_while_going_back(start, ranks, tmp_path):
     assert start("whole", {})[0] is None
-    error, said = start("run", {}, at_step=10, then=ask_to_stop)
+    error, said = start("run", {}, at_step=10, then=ask_to_stop.__name__)
     assert error is None and len(records(tmp_path / "run")) == 1
     assert len([line for line in said if line.startswith("roberta")]) == 1, "it did not go on"
     assert start("run", {})[0] is None
@@ -368,8 +374,7 @@ def test_killed_in_the_midst(ranks, start, prepared, tmp_path):
         assert [one | {"time": ""} for one in records(folder)] == [
             one | {"time": ""} for one in records(tmp_path / "whole")
         ]
-        undone, whole = ((f / "undone.jsonl").read_text().splitlines() for f in (folder, tmp_path / "whole"))
-        assert [json.loads(line)["step"] for line in undone] == [json.loads(line)["step"] for line in whole]
+        assert undone(folder) == undone(tmp_path / "whole")
         assert not list((folder / "checkpoints").glob(".step-*"))
         shutil.rmtree(folder)
     assert number > 10 and set(moments) == {False, True}, moments
