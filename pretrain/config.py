@@ -244,6 +244,10 @@ class SpikesConfig(Section):
     skip_after: int = Field(100, ge=0, description="steps after its discovery whose data are left out too")
     max_rollbacks: int = Field(10, gt=0, description="rollbacks of the whole run, after which a spike ends it")
 
+    def reach(self, max_skipped_steps: int) -> int:
+        """How many steps a rollback may have to go back; 0 where there are none."""
+        return self.skip_before + max(self.patience, max_skipped_steps) if self.action == "rollback" else 0
+
     @model_validator(mode="after")
     def _check(self) -> SpikesConfig:
         if self.patience > self.window // 2:
@@ -448,11 +452,8 @@ class Config(Section):
 
     @property
     def rollback_reach(self) -> int:
-        """How many steps a rollback goes back at least; 0 where there are none."""
-        spikes = self.spikes
-        if spikes.action != "rollback":
-            return 0
-        return spikes.skip_before + max(spikes.patience, self.training.max_skipped_steps)
+        """How many steps a rollback may have to go back; 0 where there are none."""
+        return self.spikes.reach(self.training.max_skipped_steps)
 
     def with_skips(self, skips: Iterable[Skip]) -> Config:
         """The configuration with these in place of its own."""
