@@ -119,7 +119,8 @@ run_dir: set on the command line
 training: {global_batch_size: 16, micro_batch_size: 4}
 optimizer: {lr: 1.0e-3}
 schedule: {name: linear}
-logging: {interval: 1000, tensorboard: false, spike_factor: 0}
+logging: {interval: 1000, tensorboard: false}
+spikes: {gradient_norm_factor: 0, loss_deviations: 0}
 """
 
 

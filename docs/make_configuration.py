@@ -109,6 +109,8 @@ REFUSED: tuple[Mapping[str, Any], ...] = (
     {"parallel.data": 2, "ranks": 4},
     {"evaluation.interval": 10, "evaluation.rows": 1, "ranks": 2},
     {"checkpoint.keep_best": 1},
+    {"spikes.action": "rollback"},
+    {"spikes.patience": 40},
 )
 
 
@@ -139,14 +141,16 @@ def _section_fields(name: str, field: FieldInfo) -> Fields:
     """Those of a section, and of the sections in it."""
     fields: dict[str, list[tuple[FieldInfo, str]]] = {}
     for key, inner in _kind(field)[0].model_fields.items():
-        fields[f"{name}.{key}"] = [(inner, "")]
+        fields[f"{name}.{key}"] = [(inner, "")]  # of a section in a list, too, the keys follow
         if _is_section(_kind(inner)[0]):
             fields |= _section_fields(f"{name}.{key}", inner)
     return fields
 
 
 def _kind(field: FieldInfo) -> tuple[Any, bool]:
-    """The type of a key that is set, and whether it may be null."""
+    """The type of a key that is set (of a list: of what is in it), and whether it may be null."""
+    if get_origin(field.annotation) is tuple:
+        return get_args(field.annotation)[0], False
     if get_origin(field.annotation) not in (Union, types.UnionType):
         return field.annotation, False
     kinds = [kind for kind in get_args(field.annotation) if kind is not type(None)]
@@ -191,6 +195,8 @@ def values(field: FieldInfo) -> str:
     """What a key may be, in words and signs."""
     kind, nullable = _kind(field)
     optional = " or `null`" if nullable else ""
+    if get_origin(field.annotation) is tuple:
+        return "list of sections"
     if _is_section(kind):
         return "section" + optional
     if get_origin(kind) is Literal:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ..pretrain.checkpoint import MANIFEST, Entry, Manifest, candidates, latest
-from ..pretrain.checkpoint.folders import step_of
-from ..pretrain.config import CheckpointConfig, TrainingConfig
+from ..pretrain.checkpoint.folders import step_of, within_reach
+from ..pretrain.config import CheckpointConfig, SpikesConfig, TrainingConfig
 from ..pretrain.config_file import load_config
 from ..pretrain.files import explain
 from .tables import size, table
@@ -99,8 +99,8 @@ def run(args: argparse.Namespace) -> None:
     if args.tensors:
         raise ValueError(f"--tensors is of one checkpoint and {args.path} is a run: name one of its step-… folders")
     listed = [Listed.read(folder) for folder in sorted(found, key=step_of)]
-    settings, newest = _settings(root, listed), latest(root)
-    why = reasons_to_keep(listed, settings, newest)
+    (settings, reach), newest = _settings(root, listed), latest(root)
+    why = reasons_to_keep(listed, settings, newest, reach)
     leftovers = {path.name: sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) for path in _leftovers(root)}
     if args.json:
         checkpoints = [one.as_json() | {"latest": one.folder == newest, "kept": why[one.folder]} for one in listed]
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> None:
     for line in _lines_of_run(listed, newest, why):
         print(line)
     if settings is not None:
-        print(_describe(settings))
+        print(_describe(settings, reach))
     for name, count in leftovers.items():
         print(f"{name}: {size(count)}, being written now or left by a save that was interrupted")
 
@@ -124,25 +124,29 @@ def _leftovers(root: Path) -> list[Path]:
     return sorted(root.glob(".step-*"))
 
 
-def _settings(root: Path, listed: Sequence[Listed]) -> CheckpointConfig | None:
-    """What the run keeps: as its config.yaml says, else as its newest checkpoint does."""
+def _settings(root: Path, listed: Sequence[Listed]) -> tuple[CheckpointConfig | None, int]:
+    """What the run keeps, and how far a rollback may go: as its config.yaml says, else its newest checkpoint."""
     try:
-        return load_config(root.parent / "config.yaml").checkpoint
+        config = load_config(root.parent / "config.yaml")
+        return config.checkpoint, config.rollback_reach
     except (ValueError, OSError):
         pass
     for one in reversed(listed):
         try:
             if one.manifest is not None:
-                return CheckpointConfig.model_validate(one.manifest.config["checkpoint"])
+                spikes = SpikesConfig.model_validate(one.manifest.config.get("spikes", {}))
+                training = TrainingConfig.model_validate(one.manifest.config.get("training", {}))
+                settings = CheckpointConfig.model_validate(one.manifest.config["checkpoint"])
+                return settings, spikes.reach(training.max_skipped_steps)
         except (ValueError, KeyError):
             continue
-    return None
+    return None, 0
 
 
 def reasons_to_keep(
-    listed: Sequence[Listed], settings: CheckpointConfig | None, newest: Path | None
+    listed: Sequence[Listed], settings: CheckpointConfig | None, newest: Path | None, reach: int = 0
 ) -> dict[Path, list[str]]:
-    """Why each of them, oldest first, is kept, by the rules of ``checkpoint.Retention``."""
+    """Why each of them, oldest first, is kept, by the rules of ``checkpoint.Retention``, ``reach`` being as there."""
     why: dict[Path, list[str]] = {one.folder: [] for one in listed}
     if newest is None:
         return why
@@ -157,6 +161,8 @@ def reasons_to_keep(
         losses = {one.folder: loss for one in counted if (loss := one.metric("validation_loss")) is not None}
         for folder in sorted(losses, key=lambda folder: (losses[folder], -step_of(folder)))[: settings.keep_best]:
             why[folder].append("best")
+        for folder in within_reach([one.folder for one in counted], reach):
+            why[folder].append("rollback")
     return why
 
 
@@ -179,13 +185,15 @@ def _loss(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 
-def _describe(settings: CheckpointConfig) -> str:
+def _describe(settings: CheckpointConfig, reach: int) -> str:
     if not settings.keep_last:
         return "all are kept"
     rules = [f"last: the newest {settings.keep_last}"]
     rules += [f"every: a step that divides by {settings.keep_every}"] * bool(settings.keep_every)
     if best := settings.keep_best:
         rules.append("best: the lowest validation loss" if best == 1 else f"best: the {best} lowest validation losses")
+    if reach:
+        rules.append(f"rollback: what going back {reach} steps may need")
     return "kept as " + "; ".join(rules)
 
 

@@ -6,6 +6,8 @@ reads one.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 import torch
@@ -19,10 +21,18 @@ from .models.base import Recompute
 from .models.config import ModelConfig
 from .objectives import OBJECTIVES
 from .schedule import BatchSizes, check_schedule
+from .skips import Skip, ordered
 
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class SkipConfig(Section):
+    """Samples that are left out."""
+
+    step: int = Field(..., gt=0, description="from this step on, counted from 1")
+    samples: int = Field(..., gt=0, description="by so many rows the stream is further")
 
 
 class DataConfig(Section):
@@ -36,6 +46,15 @@ class DataConfig(Section):
         "padded: one document a row; pairs: two segments a row (mlm+nsp and mlm+sop)",
     )
     prefetch_steps: int = Field(4, ge=1, description="global steps whose batches are made ahead, in a thread")
+    skip: tuple[SkipConfig, ...] = Field(
+        (),
+        description="`[{step: 100, samples: 64}, …]`: what is left out of the stream of samples; several add up; a "
+        "rollback adds one (docs/spikes.md)",
+    )
+
+    @property
+    def skips(self) -> tuple[Skip, ...]:
+        return ordered([Skip(skip.step, skip.samples) for skip in self.skip])
 
 
 class ObjectiveConfig(Section):
@@ -202,14 +221,47 @@ class KernelsConfig(Section):
     )
 
 
+class SpikesConfig(Section):
+    """Which steps are out of line, and what is done about them (docs/spikes.md)."""
+
+    gradient_norm_factor: float = Field(
+        4.0, ge=0.0, description="a gradient norm so many times the recent median is out of line; 0: none is"
+    )
+    loss_deviations: float = Field(
+        8.0,
+        ge=0.0,
+        description="a loss so many robust standard deviations (1.4826 times the median absolute deviation) above the "
+        "recent median is out of line; 0: none is",
+    )
+    window: int = Field(64, gt=1, description="steps that medians are taken over; nothing is out of line before")
+    patience: int = Field(3, gt=0, description="so many steps out of line in a row are a spike; each of them is logged")
+    action: Literal["log", "rollback"] = Field(
+        "log",
+        description="log: say it, and go on; rollback: go back to the last good checkpoint and leave out the data of "
+        "the spike",
+    )
+    skip_before: int = Field(100, ge=0, description="steps before a spike whose data are left out too")
+    skip_after: int = Field(100, ge=0, description="steps after its discovery whose data are left out too")
+    max_rollbacks: int = Field(10, gt=0, description="rollbacks of the whole run, after which a spike ends it")
+
+    def reach(self, max_skipped_steps: int) -> int:
+        """How many steps a rollback may have to go back; 0 where there are none."""
+        return self.skip_before + max(self.patience, max_skipped_steps) if self.action == "rollback" else 0
+
+    @model_validator(mode="after")
+    def _check(self) -> SpikesConfig:
+        if self.patience > self.window // 2:
+            raise ValueError(
+                f"patience {self.patience} is more than half of window {self.window}, whose median would follow the "
+                "spike: lower it, or raise window"
+            )
+        return self
+
+
 class LoggingConfig(Section):
     """What is written while training."""
 
     interval: int = Field(10, gt=0, description="steps between console lines where there is no progress bar")
-    spike_factor: float = Field(
-        4.0, ge=0.0, description="a gradient norm so many times the recent median is logged in spikes.jsonl; 0: none"
-    )
-    spike_window: int = Field(64, gt=1, description="steps that the median is taken over; no spikes before it is full")
     tensorboard: bool = Field(True, description="write run_dir/tensorboard")
 
 
@@ -240,6 +292,7 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     kernels: KernelsConfig = KernelsConfig()
+    spikes: SpikesConfig = SpikesConfig()
     logging: LoggingConfig = LoggingConfig()
 
     @model_validator(mode="after")
@@ -250,6 +303,11 @@ class Config(Section):
             raise ValueError(
                 f"checkpoint.keep_best {self.checkpoint.keep_best} needs the validation loss of saved steps and "
                 "evaluation.interval is 0: set it to a divisor of checkpoint.interval, or leave keep_best out"
+            )
+        if self.spikes.action == "rollback" and not self.checkpoint.interval:
+            raise ValueError(
+                "spikes.action rollback needs checkpoints to go back to and checkpoint.interval is 0: set it, or set "
+                "action to log"
             )
         try:
             check_schedule(
@@ -386,6 +444,21 @@ class Config(Section):
                 "ranks, as a model needs whose rows depend on the others of their microbatch: "
                 f"set a multiple of {whole}"
             )
+
+    @property
+    def batch_sizes(self) -> BatchSizes:
+        """Which samples a step holds."""
+        return dataclasses.replace(self.training.batch_sizes, skips=self.data.skips)
+
+    @property
+    def rollback_reach(self) -> int:
+        """How many steps a rollback may have to go back; 0 where there are none."""
+        return self.spikes.reach(self.training.max_skipped_steps)
+
+    def with_skips(self, skips: Iterable[Skip]) -> Config:
+        """The configuration with these in place of its own."""
+        data = self.data.model_copy(update={"skip": tuple(SkipConfig(**skip._asdict()) for skip in skips)})
+        return self.model_copy(update={"data": data})
 
     @property
     def heads(self) -> tuple[str, ...]:

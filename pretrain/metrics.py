@@ -96,10 +96,10 @@ def json_line(values: Mapping[str, Any]) -> str:
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
     """The complete lines of a metrics.jsonl, as dictionaries."""
     with Path(path).open("rb") as file:
-        return [values for _, values in _complete_lines(file)]
+        return [values for _, values in complete_lines(file)]
 
 
-def _complete_lines(lines: Iterable[bytes]) -> Iterator[tuple[bytes, dict[str, Any]]]:
+def complete_lines(lines: Iterable[bytes]) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Each line that was written to its end, and its values; a machine that fails may leave others."""
     for line in lines:
         try:
@@ -116,7 +116,7 @@ def _drop_after(path: Path, step: int) -> None:
         return
     beside = path.with_name(path.name + ".new")
     with path.open("rb") as old, beside.open("wb") as new:
-        for line, values in _complete_lines(old):
+        for line, values in complete_lines(old):
             if values["step"] <= step:
                 new.write(line)
         new.flush()
@@ -204,6 +204,12 @@ class MetricsWriter:
         self._warn(self._spikes.append(json_line(values).encode()))
         worst = ", ".join(f"{sample} ({loss:.2f})" for sample, loss in list(metrics.worst.items())[:3])
         self._console.message(f"step {metrics.step}: {metrics.reason}; samples with the largest loss: {worst}")
+
+    def rollbacks(self, count: int, words: str) -> None:
+        """Mark in TensorBoard where the run goes on, and how often it has gone back so far."""
+        if self._is_writer and self._tensorboard is not None:
+            self._scalars(self._last_step, "spikes", {"rollbacks": count})
+            self._warn(self._tensorboard.text(self._last_step, "rollbacks", words))
 
     def validation(self, metrics: ValidationMetrics) -> None:
         """Report an evaluation after the update of that step (0: before the first)."""

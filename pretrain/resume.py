@@ -19,6 +19,8 @@ from .conversion.resize import misfit
 from .data.store import MANIFEST as DATA_MANIFEST
 from .files import explain
 from .metrics import read_metrics
+from .rollbacks import Rollback, remove_undone
+from .skips import Skip, described, ordered
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,21 +36,23 @@ class Start:
     passed_over: tuple[str, ...] = ()
 
 
-def find_start(config: Config, mesh: Mesh, resume: str) -> Start:
+def find_start(config: Config, mesh: Mesh, resume: str, rollbacks: Sequence[Rollback] = ()) -> Start:
     """``resume``: "auto" (the run folder's newest whole checkpoint if there is one), "never" or a checkpoint's path;
-    collective.  All of a checkpoint is verified, each rank a part of it.
+    collective.  All of a checkpoint is verified, each rank a part of it.  ``rollbacks``: the run's so far; the
+    checkpoints that they have undone are removed.
 
     ValueError where none is whole, or one was saved with data, model or seed that differ: the run would not continue
     but become another one.
     """
     root = checkpoints_folder(config)
+    remove_undone(root, mesh, rollbacks)
     found = ckpt.candidates(root)
     if resume == "never" and found:
         raise ValueError(f"{root} already has checkpoints: set another run_dir, or leave out --resume never")
     if resume not in ("auto", "never"):
         found = [ckpt.find(Path(resume))]
     if found:
-        reader, damage = _newest_whole(found, mesh)
+        reader, damage = newest_whole(found, mesh)
         if reader is None and resume == "auto":
             raise ValueError(
                 f"{root} has no whole checkpoint, {len(found)} damaged: {damage[0]}; set another run_dir to start anew"
@@ -65,7 +69,7 @@ def find_start(config: Config, mesh: Mesh, resume: str) -> Start:
 
 def _initial_weights(config: Config, path: Path, mesh: Mesh) -> ckpt.Reader:
     """The checkpoint that a new run takes its weights from; collective.  ValueError where it is none of this model."""
-    reader, damage = _newest_whole([ckpt.find(path)], mesh)
+    reader, damage = newest_whole([ckpt.find(path)], mesh)
     if reader is None:
         raise ValueError(f"checkpoint.initialize_from: {damage[0]}")
     theirs, ours = reader.manifest.model.get("model_type"), config.model.model_type
@@ -81,7 +85,7 @@ def _initial_weights(config: Config, path: Path, mesh: Mesh) -> ckpt.Reader:
     return reader
 
 
-def _newest_whole(folders: Sequence[Path], mesh: Mesh) -> tuple[ckpt.Reader | None, tuple[str, ...]]:
+def newest_whole(folders: Sequence[Path], mesh: Mesh) -> tuple[ckpt.Reader | None, tuple[str, ...]]:
     """The first of these checkpoints that is whole, and what is wrong with those before it; collective.  OSError where
     one cannot be read for want of rights or of a file system: it may be whole."""
     damage: list[str] = []
@@ -138,6 +142,14 @@ def _first_change(then: dict[str, Any], config: Config) -> str | None:
     return None
 
 
+def _changed_skips(manifest: ckpt.Manifest, config: Config) -> str | None:
+    """What is different in what the steps so far left out of the data, in words; later ones may leave out others."""
+    saved = manifest.config.get("data", {}).get("skip", ())  # older checkpoints have none
+    then = ordered([Skip(skip["step"], skip["samples"]) for skip in saved], manifest.step)
+    now = ordered(config.data.skips, manifest.step)
+    return None if now == then else f"data.skip {described(then)}, now it is {described(now)}"
+
+
 def checkpoints_folder(config: Config) -> Path:
     return Path(config.run_dir) / "checkpoints"
 
@@ -166,7 +178,7 @@ def _check_continues(config: Config, reader: ckpt.Reader) -> None:
         raise ValueError(
             f"{folder} has weights but no optimizer state: set checkpoint.initialize_from to start from it"
         )
-    changed = _first_change(manifest.config, config)
+    changed = _first_change(manifest.config, config) or _changed_skips(manifest, config)
     if changed is not None:
         raise ValueError(f"{folder} was saved with {changed}: set it back, or set another run_dir")
     if manifest.trainer.get("data") != data_fingerprint(config):

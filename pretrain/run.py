@@ -178,7 +178,8 @@ def flops_of(config: Config, counts: Counts) -> float:
 
 def watch_of(config: Config, start: Start) -> Watch:
     """What looks out for skipped steps and spikes, as far as an earlier process had come."""
-    watch = Watch(config.logging.spike_factor, config.logging.spike_window)
+    spikes = config.spikes
+    watch = Watch(spikes.gradient_norm_factor, spikes.loss_deviations, spikes.window, spikes.patience)
     if start.resumes:
         assert start.reader is not None
         if seen := start.reader.manifest.trainer.get("watch"):  # older checkpoints have none

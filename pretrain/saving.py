@@ -20,7 +20,8 @@ class Saving:
     """Saves the state of a run at intervals and at its end; every method is collective.
 
     A save that fails is said and counted, and the run goes on: older checkpoints are untouched, and the next one is
-    tried again.  Only the last one must not fail.  ``confirm``: as ``Saver`` has it.
+    tried again.  Only the last one must not fail.  ``confirm``: as ``Saver`` has it.  ``rollbacks``: that the run has
+    made so far.
     """
 
     def __init__(
@@ -31,10 +32,15 @@ class Saving:
         watch: Watch,
         writer: MetricsWriter,
         confirm: Callable[[], None] | None = None,
+        *,
+        rollbacks: int = 0,
     ) -> None:
         self.config, self.mesh, self.engine, self.watch, self.writer = config, mesh, engine, watch, writer
+        self.rollbacks = rollbacks
         settings = config.checkpoint
-        retention = ckpt.Retention(settings.keep_last, settings.keep_every, settings.keep_best)
+        retention = ckpt.Retention(
+            settings.keep_last, settings.keep_every, settings.keep_best, reach=config.rollback_reach
+        )
         root = checkpoints_folder(config)
         self.saver = ckpt.Saver(root, mesh, retention, asynchronous=settings.asynchronous, confirm=confirm)
         self.data, self.written_by = data_fingerprint(config), written_by() if mesh.is_writer else {}
@@ -53,7 +59,12 @@ class Saving:
             model=config.model.model_dump(),
             heads=config.heads,
             layout=layout_of(config, self.mesh),
-            trainer={"data": self.data, "loss_scale": engine.loss_scale.state(), "watch": self.watch.state()},
+            trainer={
+                "data": self.data,
+                "loss_scale": engine.loss_scale.state(),
+                "watch": self.watch.state(),
+                "rollbacks": self.rollbacks,
+            },
             metrics={name: value for name, value in metrics.items() if math.isfinite(value)},
             config=config.model_dump(),
             written_by=self.written_by,
@@ -70,10 +81,14 @@ class Saving:
         if (saved := self.saver.poll()) is not None:
             self._report(saved)
 
-    def finish(self) -> None:
-        """Wait for a save that is under way.  OSError where the last one has failed."""
+    def wait(self) -> None:
+        """For a save that is under way, however it ends."""
         if (saved := self.saver.finish()) is not None:
             self._report(saved)
+
+    def finish(self) -> None:
+        """Wait for a save that is under way.  OSError where the last one has failed."""
+        self.wait()
         if self.last_problem is not None:
             raise OSError(f"{self.last_problem}: the same command goes on from the latest")
 

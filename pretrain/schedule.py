@@ -7,6 +7,8 @@ import dataclasses
 import math
 from typing import Literal, get_args
 
+from .skips import Skip, skipped_before
+
 ScheduleName = Literal["linear", "cosine", "wsd", "constant"]
 
 
@@ -100,14 +102,15 @@ class BatchSizes:
     """The rows of each global step: ``size``, or before it a ramp (as Megatron-LM's ``--rampup-batch-size``).
 
     The ramp begins with ``start`` rows and rises by ``increment`` until ``size``; all its sizes together see at least
-    ``samples`` rows, in equal shares.  Steps count from 0, samples over the whole run.  ValueError where the increments
-    do not lead from ``start`` to ``size``.
+    ``samples`` rows, in equal shares.  Steps count from 0, samples over the whole run.  ``skips``: what is left out of
+    the stream of samples (``skips.py``).  ValueError where the increments do not lead from ``start`` to ``size``.
     """
 
     size: int
     start: int | None = None
     increment: int = 0
     samples: int = 0
+    skips: tuple[Skip, ...] = ()
     sizes: tuple[int, ...] = dataclasses.field(init=False)  # every size that occurs, in order
     _first_steps: list[int] = dataclasses.field(init=False, repr=False)
     _first_samples: list[int] = dataclasses.field(init=False, repr=False)
@@ -135,4 +138,5 @@ class BatchSizes:
         """The indices of the rows of a step."""
         place = bisect.bisect_right(self._first_steps, step) - 1
         first = self._first_samples[place] + (step - self._first_steps[place]) * self.sizes[place]
+        first += skipped_before(self.skips, step + 1)
         return range(first, first + self.sizes[place])

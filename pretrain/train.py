@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..parallel.mesh import Mesh
@@ -11,12 +12,14 @@ from ..parallel.roll_call import RollCall
 from . import run
 from .config import Config
 from .evaluation import Evaluation
+from .going_back import GoingBack, WentBack, free_memory
 from .hardware import peak_memory, utilization
 from .lease import Lease, leased
 from .losses import Counts, LossFunction
 from .metrics import MetricsWriter, SpikeMetrics, StepMetrics
 from .objectives import Objective
 from .resume import Start, describe_layout, find_start, layout_of
+from .rollbacks import Rollback, read_everywhere, with_skips
 from .saving import Saving
 from .stop import StopRequests
 from .watch import largest
@@ -35,9 +38,19 @@ def train(config: Config, *, resume: str = "auto", stop_after: int | None = None
     mesh = run.mesh_of(config)
     try:
         with leased(Path(config.run_dir), mesh) as lease:
-            start = find_start(config, mesh, resume)
             last = config.training.steps if stop_after is None else min(stop_after, config.training.steps)
-            return _train(config, mesh, lease, Evaluation(config, mesh, vocabulary), objective, start, last)
+            evaluation = Evaluation(config, mesh, vocabulary)
+            while True:
+                rollbacks = read_everywhere(config.run_dir, mesh)
+                config = with_skips(config, rollbacks)
+                start = find_start(config, mesh, resume, rollbacks)
+                try:
+                    return _train(config, mesh, lease, evaluation, objective, start, last, rollbacks)
+                except WentBack as back:
+                    if back.asked_by is not None:
+                        return back.asked_by
+                resume = "auto"
+                free_memory()
     finally:
         mesh.destroy()
 
@@ -50,13 +63,14 @@ def _train(
     objective: Objective,
     start: Start,
     last: int,
+    rollbacks: Sequence[Rollback],
 ) -> str | None:
     loss_function, kernels = LossFunction(config.heads), run.prepare_kernels(config, mesh)
     engine, watch = run.build_engine(config, mesh, start, loss_function), run.watch_of(config, start)
     training = config.training
     if mesh.is_writer:
         run.write_config(config)
-    sizes = training.batch_sizes
+    sizes = config.batch_sizes
     loader = run.loader_of(objective, mesh, sizes, prefetch=config.data.prefetch_steps)
     writer = MetricsWriter(
         config.run_dir,
@@ -67,13 +81,18 @@ def _train(
         config_text=config.to_yaml(),
         console_interval=config.logging.interval,
     )
-    saving = Saving(config, mesh, engine, watch, writer, None if lease is None else lease.confirm)
+    confirm = None if lease is None else lease.confirm
+    saving = Saving(config, mesh, engine, watch, writer, confirm, rollbacks=len(rollbacks))
     roll_call, asked_by = RollCall(mesh), None
     with writer, loader, StopRequests(config.checkpoint.margin_seconds) as stop:
+        going_back = GoingBack(config, mesh, start, rollbacks, watch, saving, writer, roll_call, stop)
         for damage in start.passed_over:
             writer.message(f"not taken: {damage}")
         writer.message(_greeting(config, mesh, start))
         writer.message(kernels)
+        if not objective.rows.store.checked:
+            writer.message(f"{config.data.folder} was prepared without checksums: damage to its tokens goes unseen")
+        going_back.check(start.step)
         for step in range(start.step, last):
             began = time.perf_counter()
             batch, samples = loader.batch(step), sizes.samples_of(step)
@@ -87,9 +106,9 @@ def _train(
                 learning_rate=rate,
             )
             losses = loss_function.means(result.statistics, counts)
-            trouble = watch.see(result.gradient_norm)
-            seconds = time.perf_counter() - began
             done = step + 1
+            trouble = watch.see(done, losses.loss, result.gradient_norm)
+            seconds = time.perf_counter() - began
             writer.train(
                 StepMetrics(
                     step=done,
@@ -110,6 +129,7 @@ def _train(
             if trouble is not None:
                 worst = largest(dict(zip(samples, engine.gather_rows(result, len(samples)), strict=True)))
                 writer.spike(SpikeMetrics(done, trouble, losses.loss, result.gradient_norm, samples, worst))
+                going_back.check(done)
                 if watch.gives_up(training.max_skipped_steps):
                     saving.finish()
                     raise ValueError(watch.last_words(done))

@@ -412,13 +412,15 @@ def dead_knobs(read: set[tuple[str, str]]) -> list[str]:
 
 def test_every_key_is_read_somewhere() -> None:
     # parallel.data is compared with the number of ranks there, and decides nothing else; the sizes of the batches are
-    # read there into one object, training.batch_sizes.
+    # read there into one object, training.batch_sizes, and so is data.skip, config.batch_sizes.
     assert ("training", "batch_sizes") in set(attributes_read("pretrain/config.py"))
     here = set(owners_and_attributes((ROOT / "pretrain/config.py").read_text(encoding="utf-8")))
     sizes = {
         ("training", name) for owner, name in here if owner == "self" and name in ("global_batch_size", "batch_ramp")
     }
-    own = (here & {("parallel", "data")}) | sizes
+    assert ("config", "batch_sizes") in set(attributes_read("pretrain/config.py"))
+    own = (here & {("parallel", "data"), ("self", "skip")}) | sizes
+    own |= {("data", "skip")} & {("data" if owner == "self" else owner, name) for owner, name in own}
     read = set(attributes_read("pretrain/config.py")) | own
     assert dead_knobs(read) == [], "set in a configuration, but nothing reads it"
 

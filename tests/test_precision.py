@@ -160,7 +160,7 @@ def test_the_loss_scale_finds_its_height(start, tmp_path, name):
 
 def test_a_spike_names_its_samples(start, tmp_path):
     """A gradient norm far above the median is told but not skipped."""
-    watching = {"logging.spike_window": 2, "logging.spike_factor": 3.0}
+    watching = {"spikes.window": 2, "spikes.patience": 1, "spikes.gradient_norm_factor": 3.0}
     assert start("run", watching, function=train_with_a_spike, steps=5) is None
     (spike,) = [json.loads(line) for line in (tmp_path / "run/spikes.jsonl").read_text().splitlines()]
     assert spike["step"] == POISONED_STEP and "times the median of 2 steps" in spike["reason"]

@@ -1,6 +1,6 @@
 """Checkpoints that do not depend on the layout: logical tensors in sharded, checksummed safetensors files."""
 
-from .folders import Retention, candidates, find, latest, steps
+from .folders import Retention, candidates, find, latest, step_of, steps, undo
 from .manifest import MANIFEST, TOKENIZER, Entry, Manifest, Shard
 from .reader import Reader, load_weights
 from .saver import Saved, Saver
@@ -22,7 +22,9 @@ __all__ = [
     "latest",
     "load_weights",
     "open_tensors",
+    "step_of",
     "steps",
+    "undo",
     "write_stream",
     "write_tensors",
 ]

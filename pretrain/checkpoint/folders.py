@@ -19,7 +19,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..files import replacing, sync
+from ..files import replacing, sync, write_text
 from .manifest import MANIFEST, Manifest
 
 _STEP = re.compile(r"step-[0-9]{8,18}")
@@ -81,11 +81,13 @@ def find(path: Path) -> Path:
 @dataclasses.dataclass(frozen=True)
 class Retention:
     """Which checkpoints stay: the newest ``last`` (0: all), those whose step divides by ``every`` (0: none for that),
-    and the ``best`` with the lowest validation loss."""
+    the ``best`` with the lowest validation loss, and those that going back ``reach`` steps may need (0: none for
+    that)."""
 
     last: int = 0
     every: int = 0
     best: int = 0
+    reach: int = 0
 
     def forgotten(self, folders: Sequence[Path]) -> list[Path]:
         """Those of ``folders``, oldest first, that go."""
@@ -96,7 +98,17 @@ class Retention:
         if self.best:
             losses = {folder: loss for folder in folders if (loss := validation_loss(folder)) is not None}
             kept |= {*sorted(losses, key=lambda folder: (losses[folder], -step_of(folder)))[: self.best]}
+        kept |= {*within_reach(folders, self.reach)}
         return [folder for folder in folders if folder not in kept]
+
+
+def within_reach(folders: Sequence[Path], steps_back: int) -> list[Path]:
+    """Those of ``folders``, oldest first, that a run may need which goes back so many steps from now on: the newest
+    that is so far back already, and those after it."""
+    if not steps_back or not folders:
+        return []
+    far = sum(step_of(folder) <= step_of(folders[-1]) - steps_back for folder in folders)
+    return list(folders[max(far - 1, 0) :])
 
 
 def validation_loss(folder: Path) -> float | None:
@@ -145,6 +157,18 @@ def forget(root: Path, newest: Path, retention: Retention) -> None:
             problems.append(error)
     if problems:
         raise problems[0]
+
+
+def undo(root: Path, undone: Sequence[Path]) -> None:
+    """Remove checkpoints that are none of the run any more; ``latest`` names the newest of the others, or is gone."""
+    left = [folder for folder in steps(root) if folder not in undone]
+    if left:
+        write_text(root / "latest", f"{left[-1].name}\n")
+    else:
+        (root / "latest").unlink(missing_ok=True)
+    for folder in undone:
+        remove(_hide(folder))
+    sync(root)
 
 
 def _hide(folder: Path) -> Path:

@@ -31,8 +31,8 @@ from typing import Any
 import torch
 
 from ...parallel.parts import Part, cover
+from ..checksums import checksum
 from ..files import read_mapping, write_text
-from .tensor_file import checksum
 
 FORMAT, VERSION = "farspan-checkpoint", 2
 MANIFEST = "manifest.json"

@@ -17,26 +17,20 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 import torch
-import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ...parallel.parts import end_to_end
+from ..checksums import BLOCK, Checksums, checksum, digits_of, of_block
 from ..files import sync
 
-BLOCK = 2**20  # bytes under one checksum
 _AT_ONCE = 16 * BLOCK  # what is read before it is verified: as much as a processor's cache holds
-_DIGITS = 16  # of a checksum: XXH3, 64 bits, in hexadecimal
 _LONGEST_HEADER = 100_000_000  # bytes; as the library has it
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-
-
-def checksum(content: bytes | memoryview) -> str:
-    return xxhash.xxh3_64_hexdigest(content)
 
 
 def open_tensors(path: Path, remedy: str) -> Any:
@@ -74,32 +68,22 @@ class _Checked:
     @property
     def about(self) -> dict[str, Any]:
         """What a manifest says of it."""
-        return {"bytes": self.size, "checksums": "".join(self.checksums)}
+        return {"bytes": self.size, "checksums": self.checksums}
 
     def __init__(self, file: IO[bytes]) -> None:
-        self.file, self.size, self.checksums = file, 0, []  # type: IO[bytes], int, list[str]
-        self._block = xxhash.xxh3_64()
-        self._room = BLOCK
+        self.file, self.size, self.checksums = file, 0, ""
+        self._checksums = Checksums()
 
     def write(self, content: bytes | memoryview) -> None:
         view = memoryview(content)
         self.size += len(view)
         while len(view):
-            part, view = view[: self._room], view[self._room :]
-            self._room -= len(part)
-            self._block.update(part)
-            while len(part):  # a raw file may take less than it is given
-                part = part[self.file.write(part) :]
-            if not self._room:
-                self._end_block()
+            part = view[: self.file.write(view[:BLOCK])]  # a raw file may take less than it is given
+            self._checksums.update(part)
+            view = view[len(part) :]
 
     def finish(self) -> None:
-        if self._room < BLOCK:
-            self._end_block()
-
-    def _end_block(self) -> None:
-        self.checksums.append(self._block.hexdigest())
-        self._block, self._room = xxhash.xxh3_64(), BLOCK
+        self.checksums = self._checksums.finish()
 
 
 def write_stream(
@@ -186,7 +170,7 @@ class CheckedFile:
         except (FileNotFoundError, NotADirectoryError):
             raise ValueError(f"{path} is missing: the checkpoint is not whole, take another") from None
         found = os.fstat(self._file.fileno()).st_size
-        if found != self.size or len(self._checksums) != -(-self.size // BLOCK) * _DIGITS:
+        if found != self.size or len(self._checksums) != digits_of(self.size):
             raise self._damage(f"it has {found} bytes, {self.size} were written")
 
     def __enter__(self) -> Self:
@@ -214,7 +198,7 @@ class CheckedFile:
         for start in range(begin, end, BLOCK):
             number = start // BLOCK
             block = content[start - begin : min(start + BLOCK, end) - begin]
-            if checksum(block) != self._checksums[number * _DIGITS : (number + 1) * _DIGITS]:
+            if checksum(block) != of_block(self._checksums, number):
                 raise self._damage(f"bytes {start} to {min(start + BLOCK, end)} are not those that were written")
 
     def _read_raw(self, begin: int, into: Tensor) -> None:

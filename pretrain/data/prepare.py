@@ -27,6 +27,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ...version import __version__
+from ..checksums import of_file
 from ..files import parents_of, read_mapping, replacing, write_json
 from .hashing import Int64, hash64, uniform
 from .sources import FORMATS, SEPARATORS, Piece, Reading, find_sources, plan_shards, read_documents
@@ -35,6 +36,7 @@ from .store import (
     SPLITS,
     TOKENIZER,
     read_manifest,
+    shard_name,
     token_dtype,
     write_index,
     write_manifest,
@@ -44,6 +46,7 @@ from .tokenizer import TOKENIZER_FILE, TOKENIZER_KINDS, Encoder, Vocabulary, cop
 
 _SETTINGS = "settings.json"
 _PARTIAL = ".partial"
+_CHECKSUMS = "_checksums"
 # Purposes of random words.
 _SPLIT, _SHUFFLE, _SAMPLE = range(200, 203)
 # A tokenizer learns from at most this much text, drawn from the whole input.
@@ -68,7 +71,7 @@ class _Job:
 
     @property
     def lengths_file(self) -> Path:
-        """Document lengths of the finished shard by split: its presence says that the shard is finished."""
+        """Document lengths of the shard, and its checksums, by split: it is there when the shard is finished."""
         return self.out / _PARTIAL / f"{self.name}.npz"
 
     @property
@@ -328,12 +331,13 @@ def _make_shard(job: _Job, vocabulary_size: int) -> int:
     numbers = np.arange(len(documents))
     validation = job.is_validation(numbers)
     order = np.argsort(hash64(job.seed, _SHUFFLE, job.number, numbers))
-    lengths = {}
+    made: dict[str, Any] = {}
     for split, members in (("train", ~validation), ("validation", validation)):
         chosen = [documents[number] for number in order[members[order]] if len(documents[number])]
-        lengths[split] = write_shard(job.out / split / f"{job.name}.bin", chosen, dtype)
+        lengths, checksums = write_shard(job.out / shard_name(split, job.number), chosen, dtype)
+        made |= {split: lengths, f"{split}{_CHECKSUMS}": np.array(checksums)}
     with replacing(job.lengths_file) as file:
-        np.savez(file, **lengths)  # type: ignore[arg-type]
+        np.savez(file, **made)  # type: ignore[arg-type]
     return job.size
 
 
@@ -354,11 +358,14 @@ def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
 def _finish(out: Path, jobs: Sequence[_Job], vocabulary: Vocabulary, settings: dict[str, Any]) -> dict[str, Any]:
     splits = {}
     for split in SPLITS:
-        lengths = []
+        lengths, checksums = [], []
         for job in jobs:
             with np.load(job.lengths_file) as stored:
                 lengths.append(stored[split])
-        splits[split] = write_index(out, split, lengths)
+                known = f"{split}{_CHECKSUMS}" in stored  # not if an older Farspan has made it
+                path = out / shard_name(split, job.number)
+                checksums.append(str(stored[f"{split}{_CHECKSUMS}"]) if known else of_file(path))
+        splits[split] = write_index(out, split, lengths, checksums)
         for leftover in (out / split).glob("*.tmp"):
             leftover.unlink()
     if not any(described["documents"] for described in splits.values()):

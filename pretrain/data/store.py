@@ -1,6 +1,6 @@
-"""A prepared dataset on disk: token ids in memory-mapped shards, with one index of document offsets per split.
+"""A prepared dataset on disk: token ids in shards, with one index of document offsets per split.
 
-dataset.json                 manifest, written last
+dataset.json                 manifest, written last, with checksums of every MiB of shards and indices
 tokenizer/                   a Hugging Face tokenizer folder
 train/00000.bin ...          token ids, little-endian uint16 or uint32, documents end to end, without special tokens
 train/index.npy              int64 [documents + 1], where each document starts in the shards laid end to end
@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from ..checksums import Checksums, digits_of, of_file
 from ..files import read_mapping, replacing, write_json
 from .hashing import Int64
+from .shard import OpenFiles, Shard, Tokens
 
 FORMAT = "farspan-tokens"
 VERSION = 1
@@ -31,8 +32,8 @@ SPLITS = ("train", "validation")
 
 # Entries looked at together where a whole array is gone through.
 _SCAN = 1 << 24
-
-Tokens = npt.NDArray[np.unsignedinteger[Any]]
+# Bytes from which an index is mapped, and shared by the processes of a machine; a smaller one is read.
+_MAPPED = 1 << 26
 
 
 def token_dtype(vocabulary_size: int) -> np.dtype[Any]:
@@ -77,6 +78,13 @@ def _find_damage(manifest: dict[str, Any]) -> str | None:
             return f"split {split!r} has a count that is no number"
         if not all(isinstance(name, str) for name in names):
             return f"split {split!r} has a shard without a name"
+        width = np.dtype(manifest["dtype"]).itemsize
+        known = [(shard.get("checksums"), digits_of(shard["tokens"] * width)) for shard in described["shards"]]
+        index = described.get("index_checksums")  # of manifests before there were any, neither
+        if not all(said is None or (isinstance(said, str) and len(said) == digits) for said, digits in known):
+            return f"split {split!r} has a shard with checksums of another size"
+        if not (index is None or isinstance(index, str)):
+            return f"split {split!r} has no checksums of its index"
     return None
 
 
@@ -87,7 +95,8 @@ def tokenizer_digest(folder: str | Path) -> str | None:
 
 
 class TokenStore:
-    """One split of a prepared dataset, read-only.
+    """One split of a prepared dataset, read-only.  What is read is compared with the checksums of ``dataset.json``:
+    the index at once, a shard's block the first time that it is touched.
 
     Args:
         folder: what ``farspan prepare`` wrote.
@@ -95,7 +104,11 @@ class TokenStore:
 
     Raises:
         ValueError: in one line, for a missing or foreign manifest, an unknown or empty split, a damaged shard or index,
-            another tokenizer than the one that made the tokens.
+            another tokenizer than the one that made the tokens.  Methods that read raise it, and OSError, as
+            ``Shard`` does.
+
+    Attributes:
+        checked: False where the manifest, of an older Farspan, has no checksums.
     """
 
     def __init__(self, folder: str | Path, split: str = "train") -> None:
@@ -119,17 +132,19 @@ class TokenStore:
             )
         dtype = np.dtype(manifest["dtype"])
         self._vocabulary_size: int = manifest.get("vocabulary_size", np.iinfo(dtype).max + 1)
-        self._paths = [self.folder / shard["file"] for shard in described["shards"]]
+        files = OpenFiles()
         self._shards = [
-            _open_shard(path, shard["tokens"], dtype)
-            for path, shard in zip(self._paths, described["shards"], strict=True)
+            Shard(self.folder / shard["file"], shard["tokens"], dtype, shard.get("checksums"), files)
+            for shard in described["shards"]
         ]
+        self.checked = all("checksums" in shard for shard in described["shards"])
         self._shard_starts = np.cumsum([0] + [shard.size for shard in self._shards]).tolist()
-        self.offsets: Int64 = self._open_index(self.folder / split / INDEX)
+        self.offsets: Int64 = self._open_index(self.folder / split / INDEX, described.get("index_checksums"))
 
-    def _open_index(self, path: Path) -> Int64:
+    def _open_index(self, path: Path, checksums: str | None) -> Int64:
         try:
-            offsets = np.load(path, mmap_mode="r")
+            damaged = checksums is not None and of_file(path) != checksums
+            offsets = np.load(path, mmap_mode="r" if path.stat().st_size >= _MAPPED else None)
         except (OSError, EOFError, ValueError) as error:
             raise ValueError(f"index {path} cannot be read ({error}): prepare the data again") from None
         if (
@@ -138,6 +153,11 @@ class TokenStore:
             or self._shard_starts[-1] != self.tokens
         ):
             raise ValueError(f"index {path} does not agree with {MANIFEST}: prepare the data again")
+        if damaged:
+            raise ValueError(
+                f"index {path} is damaged (it is not what was written): put a whole copy in its place, or prepare the "
+                "data again"
+            )
         if offsets.dtype != np.int64 or not _ascends_from_0(offsets):
             raise ValueError(f"index {path} is damaged (no ascending int64 offsets): prepare the data again")
         return offsets.view(np.ndarray)
@@ -148,7 +168,7 @@ class TokenStore:
             raise IndexError(f"document {index} of {self.documents}")
         start, stop = self.offsets[index : index + 2].tolist()
         pieces = self._pieces(start, stop - start)
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces) if pieces else self._shards[0][:0]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces) if pieces else self._shards[0].read(0, 0)
 
     def read(self, starts: Int64, lengths: Int64) -> Int64:
         """Tokens of the ranges [start, start + length) of the split's stream, one after the other.
@@ -167,14 +187,15 @@ class TokenStore:
 
     def _foreign_token(self) -> ValueError:
         """What to say of the first token id that is outside of the vocabulary."""
-        for path, shard in zip(self._paths, self._shards, strict=True):
+        for shard in self._shards:
             for start in range(0, shard.size, _SCAN):
-                found = np.flatnonzero(shard[start : start + _SCAN] >= self._vocabulary_size)
+                part = shard.read(start, start + _SCAN)
+                found = np.flatnonzero(part >= self._vocabulary_size)
                 if found.size:
-                    place = start + int(found[0])
+                    place = int(found[0])
                     return ValueError(
-                        f"shard {path} is damaged (its token {place} is {shard[place]}, {MANIFEST} says that ids are "
-                        f"below {self._vocabulary_size}): prepare the data again"
+                        f"shard {shard.path} is damaged (its token {start + place} is {part[place]}, {MANIFEST} says "
+                        f"that ids are below {self._vocabulary_size}): prepare the data again"
                     )
         raise AssertionError("every token is in the vocabulary")
 
@@ -186,7 +207,7 @@ class TokenStore:
                 start = 0
                 continue
             first = start - self._shard_starts[shard]
-            piece = self._shards[shard][first : first + length]
+            piece = self._shards[shard].read(first, first + length)
             pieces.append(piece)
             start += piece.size
             length -= piece.size
@@ -197,23 +218,11 @@ class TokenStore:
         counts = np.zeros(0, np.int64)
         for shard in self._shards:
             for start in range(0, shard.size, _SCAN):
-                part = np.bincount(shard[start : start + _SCAN], minlength=counts.size)
+                part = np.bincount(shard.read(start, start + _SCAN), minlength=counts.size)
                 part[: counts.size] += counts
                 counts = part
         share = counts[counts > 0] / self.tokens
         return -math.fsum((share * np.log(share)).tolist())
-
-
-def _open_shard(path: Path, tokens: int, dtype: np.dtype[Any]) -> Tokens:
-    expected = tokens * dtype.itemsize
-    size = path.stat().st_size if path.is_file() else None
-    if size != expected:
-        found = "is missing" if size is None else f"has {size} bytes"
-        raise ValueError(f"shard {path} {found}, {MANIFEST} says {expected} bytes: prepare the data again")
-    if not tokens:
-        return np.zeros(0, dtype)  # an empty file cannot be mapped
-    # A plain array over the map: slices of np.memmap itself cost several times more.
-    return np.memmap(path, dtype, "r").view(np.ndarray)
 
 
 def _ascends_from_0(offsets: Int64) -> bool:
@@ -221,26 +230,36 @@ def _ascends_from_0(offsets: Int64) -> bool:
     return bool(offsets[0] == 0) and all(bool((part[1:] >= part[:-1]).all()) for part in parts)
 
 
-def write_shard(path: Path, documents: Sequence[Tokens], dtype: np.dtype[Any]) -> Int64:
-    """Write documents end to end into ``path``, atomically; returns their lengths, int64 [documents]."""
+def write_shard(path: Path, documents: Sequence[Tokens], dtype: np.dtype[Any]) -> tuple[Int64, str]:
+    """Write documents end to end into ``path``, atomically; returns their lengths, int64 [documents], and the checksums
+    of the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    checksums = Checksums()
     with replacing(path) as file:
         for document in documents:
-            file.write(np.ascontiguousarray(document, dtype).tobytes())
-    return np.array([len(document) for document in documents], np.int64)
+            content = np.ascontiguousarray(document, dtype).tobytes()
+            checksums.update(content)
+            file.write(content)
+    return np.array([len(document) for document in documents], np.int64), checksums.finish()
 
 
-def write_index(folder: Path, split: str, lengths: Sequence[Int64]) -> dict[str, Any]:
-    """Write a split's index from the document lengths of its shards 00000.bin, 00001.bin, ...; describe the split."""
+def write_index(folder: Path, split: str, lengths: Sequence[Int64], checksums: Sequence[str]) -> dict[str, Any]:
+    """Write a split's index from the document lengths of its shards 00000.bin, 00001.bin, ...; describe the split, with
+    the ``checksums`` of the shards."""
     sizes = np.concatenate([np.zeros(1, np.int64), *lengths])
     (folder / split).mkdir(parents=True, exist_ok=True)
     with replacing(folder / split / INDEX) as file:
         np.save(file, np.cumsum(sizes))
     shards = [
-        {"file": f"{split}/{number:05d}.bin", "documents": len(part), "tokens": int(part.sum())}
-        for number, part in enumerate(lengths)
+        {"file": shard_name(split, number), "documents": len(part), "tokens": int(part.sum()), "checksums": said}
+        for number, (part, said) in enumerate(zip(lengths, checksums, strict=True))
     ]
-    return {"documents": len(sizes) - 1, "tokens": int(sizes.sum()), "shards": shards}
+    described = {"documents": len(sizes) - 1, "tokens": int(sizes.sum()), "shards": shards}
+    return described | {"index_checksums": of_file(folder / split / INDEX)}
+
+
+def shard_name(split: str, number: int) -> str:
+    return f"{split}/{number:05d}.bin"
 
 
 def write_manifest(folder: Path, splits: Mapping[str, Any], dtype: np.dtype[Any], **described: Any) -> None:
@@ -257,9 +276,7 @@ def write_dataset(
     folder, dtype = Path(folder), token_dtype(vocabulary_size)
     described = {}
     for split, shards in splits.items():
-        paths = [folder / split / f"{number:05d}.bin" for number in range(len(shards))]
         arrays = [[np.asarray(document, dtype) for document in shard] for shard in shards]
-        described[split] = write_index(
-            folder, split, [write_shard(p, a, dtype) for p, a in zip(paths, arrays, strict=True)]
-        )
+        written = [write_shard(folder / shard_name(split, n), array, dtype) for n, array in enumerate(arrays)]
+        described[split] = write_index(folder, split, [one[0] for one in written], [one[1] for one in written])
     write_manifest(folder, described, dtype, vocabulary_size=vocabulary_size)

@@ -11,7 +11,7 @@ import pytest
 from checkpoints import check_whole, content, edit, manifest_at, names, refused, save
 
 from farspan.pretrain.checkpoint import folders, tensor_file
-from farspan.pretrain.checkpoint.folders import Retention, candidates, find, forget, latest, steps
+from farspan.pretrain.checkpoint.folders import Retention, candidates, find, forget, latest, steps, undo
 
 
 @pytest.fixture(autouse=True)
@@ -112,6 +112,8 @@ LOSSES = {2: 3.0, 4: None, 6: 1.0, 8: 2.0, 10: 1.0, 12: 5.0}
         (Retention(last=1, every=5), [10, 12]), (Retention(last=1, best=1), [10, 12]),  # of two as good the later
         (Retention(last=1, best=2), [6, 10, 12]), (Retention(last=1, best=3), [6, 8, 10, 12]),
         (Retention(last=1, best=99), [2, 6, 8, 10, 12]), (Retention(last=2, every=8, best=1), [8, 10, 12]),
+        (Retention(last=1, reach=1), [10, 12]), (Retention(last=1, reach=2), [10, 12]),
+        (Retention(last=1, reach=3), [8, 10, 12]), (Retention(last=1, reach=99), [2, 4, 6, 8, 10, 12]),
     ],
 )  # fmt: skip
 def test_what_stays(retention, kept, tmp_path):
@@ -134,6 +136,26 @@ def test_a_damaged_manifest_is_not_the_best(tmp_path):
     path = tmp_path / "step-00000002" / "manifest.json"
     path.write_text(path.read_text().replace("1.0", "0.0"))
     assert numbers(Retention(last=1, best=1).forgotten(steps(tmp_path))) == [2]
+
+
+def test_what_may_be_needed_is_there_whenever_it_is(tmp_path):
+    """Saved every 3 steps: at any save the newest that is 7 steps older is there, but at the very beginning."""
+    for step in range(3, 60, 3):
+        fake(tmp_path, step)
+        forget(tmp_path, tmp_path / f"step-{step:08d}", Retention(last=1, reach=7))
+        there = numbers(steps(tmp_path))
+        assert step <= 9 or max(s for s in there if s <= step - 7) > step - 10
+        assert len(there) <= 4
+
+
+def test_undone(tmp_path):
+    fake(tmp_path, 2, 4, 6, 8)
+    (tmp_path / "latest").write_text("step-00000008\n")
+    undo(tmp_path, [tmp_path / "step-00000006", tmp_path / "step-00000008"])
+    assert numbers(candidates(tmp_path)) == [4, 2] and latest(tmp_path) == tmp_path / "step-00000004"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000002", "step-00000004"]
+    undo(tmp_path, steps(tmp_path))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_a_run_that_went_back_has_left_behind_stays(tmp_path):

@@ -20,7 +20,7 @@ from farspan.parallel.mesh import Axis
 from farspan.parallel.parts import Part
 from farspan.pretrain.checkpoint.manifest import DTYPES, Entry, Manifest, Shard, merge_entries
 from farspan.pretrain.checkpoint.reader import Reader
-from farspan.pretrain.checkpoint.tensor_file import checksum
+from farspan.pretrain.checksums import checksum
 
 WORDS = st.text(st.characters(codec="utf-8"), max_size=8)
 JSON = st.recursive(

@@ -15,6 +15,7 @@ from torch import nn
 from farspan.parallel.mesh import Axis
 from farspan.parallel.parts import Part
 from farspan.parallel.sharding import Logical
+from farspan.pretrain import checksums
 from farspan.pretrain.checkpoint import reader as reader_module
 from farspan.pretrain.checkpoint import tensor_file
 from farspan.pretrain.checkpoint.reader import Reader, load_weights
@@ -71,7 +72,8 @@ def test_any_part_of_any_slice(data, tmp_path, monkeypatch):
     """Runs, cut anywhere, of rows that are short or long, in portions that are small, verified or not."""
     monkeypatch.setattr(reader_module, "_PORTION", data.draw(st.sampled_from([1, 7, 64])))
     monkeypatch.setattr(reader_module, "_LONG_RUN", data.draw(st.sampled_from([1, 4096])))
-    monkeypatch.setattr(tensor_file, "BLOCK", 64)
+    for module in (tensor_file, checksums):
+        monkeypatch.setattr(module, "BLOCK", 64)
     shape = (data.draw(st.integers(1, 5)), 12, data.draw(st.integers(1, 5)))
     logical = Logical(shape, dim=data.draw(st.sampled_from([0, 1])), padded=None)
     full = {"x": torch.arange(float(shape[0] * 12 * shape[2])).view(shape)}

@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from farspan.pretrain import checksums
 from farspan.pretrain.checkpoint import tensor_file
 from farspan.pretrain.checkpoint.tensor_file import CheckedFile, TensorFile, copy_checked, write_stream, write_tensors
 
@@ -43,7 +44,8 @@ def equal(a, b):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(tensor_file, "BLOCK", 64)
+    for module in (tensor_file, checksums):
+        monkeypatch.setattr(module, "BLOCK", 64)
     monkeypatch.setattr(tensor_file, "_AT_ONCE", 128)
 
 

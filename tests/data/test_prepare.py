@@ -115,6 +115,22 @@ def test_interrupted_and_resumed_equals_uninterrupted(text, whole, tmp_path, mon
     assert prepare([text[0]], out, processes=1, **OPTIONS)["splits"]["train"]["documents"] > 400
 
 
+def test_shards_that_were_finished_without_checksums_get_theirs(text, whole, tmp_path, monkeypatch):
+    """As an older Farspan leaves them that was interrupted before the manifest."""
+    out, finish = tmp_path / "data", preparing._finish
+    monkeypatch.setattr(preparing, "_finish", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        prepare([text[0]], out, processes=1, **OPTIONS)
+    for number, path in enumerate(sorted((out / ".partial").glob("*.npz"))):
+        if number % 2:
+            with np.load(path) as stored:
+                lengths = {split: stored[split] for split in ("train", "validation")}
+            np.savez(path, **lengths)
+    monkeypatch.setattr(preparing, "_finish", finish)
+    prepare([text[0]], out, processes=1, **OPTIONS)
+    assert files(out) == files(whole)
+
+
 @pytest.mark.parametrize("finished", [True, False])
 def test_other_settings_are_refused(text, tmp_path, monkeypatch, finished):
     out = tmp_path / "data"

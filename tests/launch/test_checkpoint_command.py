@@ -156,10 +156,11 @@ def test_ls_says_what_is_kept_as_the_run_is_configured_now(say, run):
 @pytest.mark.parametrize("seed", range(20))
 def test_reasons_are_those_of_the_retention(seed, run_folder):
     generator = np.random.default_rng(seed)
-    last, every, best = (int(generator.integers(low, 5)) for low in (1, 0, 0))
+    last, every, best, reach = (int(generator.integers(low, 5)) for low in (1, 0, 0, 0))
     listed = [Listed.read(path) for path in sorted((run_folder / "checkpoints").glob("step-*"))]
-    why = reasons_to_keep(listed, CheckpointConfig(keep_last=last, keep_every=every, keep_best=best), find(run_folder))
-    forgotten = Retention(last, every, best).forgotten([one.folder for one in listed])
+    settings = CheckpointConfig(keep_last=last, keep_every=every, keep_best=best)
+    why = reasons_to_keep(listed, settings, find(run_folder), reach)
+    forgotten = Retention(last, every, best, reach).forgotten([one.folder for one in listed])
     assert [folder for folder, reasons in why.items() if not reasons] == forgotten
 
 

@@ -27,6 +27,16 @@ from spoil import (
 )
 
 MANIFEST = "data/dataset.json"
+
+
+def without_checksums(manifest: dict[str, Any]) -> None:
+    """As older Farspans wrote it."""
+    for split in manifest["splits"].values():
+        del split["index_checksums"]
+        for shard in split["shards"]:
+            del shard["checksums"]
+
+
 DATA = [
     Kind(
         "no such folder", gone("data"), NEW,
@@ -63,7 +73,15 @@ DATA = [
         "shard @/data/train/00000.bin is missing, dataset.json says … bytes: prepare the data again",
     ),
     Kind(
-        "a token outside of the vocabulary", overwritten("data/train/00000.bin", 0, b"\xff\xfe" * 20_000), NEW,
+        "a shard with a byte that changed", overwritten("data/train/00000.bin", 0, b"\xff"), NEW,
+        "shard @/data/train/00000.bin is damaged (block 0, bytes 0 to …, is not what was written): put a whole copy "
+        "in its place, or prepare the data again", leaves=("new", "new/config.yaml", "new/metrics.jsonl"),
+    ),
+    Kind(
+        "a token outside of the vocabulary, where there are no checksums", both(
+            edited(MANIFEST, without_checksums), overwritten("data/train/00000.bin", 0, b"\xff\xfe" * 20_000),
+        ),
+        NEW,
         "shard @/data/train/00000.bin is damaged (its token 0 is 65279, dataset.json says that ids are below 300): "
         "prepare the data again", leaves=("new", "new/config.yaml", "new/metrics.jsonl", "new/spikes.jsonl"),
     ),
@@ -73,7 +91,12 @@ DATA = [
         NEW, "index @/data/train/index.npy does not agree with dataset.json: prepare the data again",
     ),
     Kind(
-        "an index out of order", swapped_index, NEW,
+        "an index that was changed", swapped_index, NEW,
+        "index @/data/train/index.npy is damaged (it is not what was written): put a whole copy in its place, or …",
+    ),
+    Kind(
+        "an index out of order, where there are no checksums",
+        both(edited(MANIFEST, without_checksums), swapped_index), NEW,
         "index @/data/train/index.npy is damaged (no ascending int64 offsets): prepare the data again",
     ),
     Kind(

@@ -21,7 +21,8 @@ from farspan.pretrain.checkpoint.folders import Retention
 from farspan.pretrain.checkpoint.manifest import Entry, Manifest, Shard, merge_entries
 from farspan.pretrain.checkpoint.reader import Reader, tensor_key
 from farspan.pretrain.checkpoint.saver import Saved, Saver
-from farspan.pretrain.checkpoint.tensor_file import checksum, write_tensors
+from farspan.pretrain.checkpoint.tensor_file import write_tensors
+from farspan.pretrain.checksums import checksum
 
 
 def refused(action: Callable[[], Any], message: str = "", error: type[Exception] = ValueError) -> str:
