@@ -115,7 +115,7 @@ CLASHES = (
     Clash(
         _transformer_engine, "fault",
         "megatron-core imports it where it finds it; one that was built for another torch has undefined symbols",
-        "build it for this torch, or pip uninstall transformer-engine transformer-engine-torch: Farspan has no need of it",
+        "build it for this torch, or pip uninstall transformer-engine transformer-engine-torch: Farspan needs none",
         "github.com/NVIDIA/TransformerEngine/issues/1192",
     ),
     Clash(

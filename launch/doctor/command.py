@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import os
 import socket
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ..environment import RankEnvironment
     from .examination import Wanted
+    from .report import Section
+
+ANSWER = "FARSPAN_DOCTOR_ANSWER"  # where the first of our own ranks leaves its exit code
 
 DESCRIPTION = """\
 One page on this machine, and on the cluster where it is started on all nodes: versions, devices, compilers, the disk
@@ -36,6 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--local", type=int, metavar="N", help="ranks of the run on each node, if not those started now"
     )
+    parser.add_argument(
+        "--wait", type=float, default=120.0, metavar="SECONDS", help="how long ranks are waited for (default: 120)"
+    )
     parser.add_argument("--path", metavar="DIR", help="where checkpoints go, if not run_dir")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the page")
     parser.add_argument("--quick", action="store_true", help="measure and build nothing: for the start of a job")
@@ -43,23 +51,65 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Look, print the page, and return the exit code."""
-    from ..environment import read_environment
-    from . import page
-    from .examination import examine_node
-    from .report import exit_code, merge
+    from ..environment import apply, read_environment
 
     environment = read_environment()
+    if environment is not None and args.ranks is not None:
+        raise ValueError("--ranks starts ranks on this machine, but a launcher already started them: leave it out")
     wanted = _wanted(args, environment)
-    sections = examine_node(wanted)
-    findings = merge([("", finding) for section in sections for finding in section.findings], 1)
-    host = socket.gethostname()
+    if environment is None or environment.world_size == 1:
+        if (args.ranks or 1) > 1:
+            return _with_ranks(args)
+        from .examination import examine_node
+
+        return _print(args, {socket.gethostname(): examine_node(wanted)}, [])
+    from .cluster import examine_cluster
+
+    apply(environment)
+    found = examine_cluster(environment, wanted, args.wait)
+    code = 0
+    if environment.rank == 0:
+        code = _print(args, found.nodes, found.together)
+        if ANSWER in os.environ:  # the parent says it: to whoever watches over ranks 1 means that one failed
+            Path(os.environ[ANSWER]).write_text(str(code))
+            code = 0
+    if found.hung:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _with_ranks(args: argparse.Namespace) -> int:
+    """Start ranks here, of which the first prints the page."""
+    from ..local import run_ranks
+
+    arguments = ["doctor", *([args.config, *args.overrides] if args.config else []), "--wait", str(args.wait)]
+    arguments += [flag for flag in ("--json", "--quick") if getattr(args, flag.removeprefix("--"))]
+    for name in ("path", "world", "local"):
+        if getattr(args, name) is not None:
+            arguments += [f"--{name}", str(getattr(args, name))]
+    with tempfile.TemporaryDirectory(prefix="farspan-doctor-") as folder:
+        answer = Path(folder) / "exit-code"
+        code = run_ranks(arguments, args.ranks, env=os.environ | {ANSWER: str(answer)})
+        return code or int(answer.read_text())
+
+
+def _print(args: argparse.Namespace, nodes: dict[str, list[Section]], together: list[Section]) -> int:
+    """The page of the first node, with what all nodes found; the exit code."""
+    from . import page
+    from .report import exit_code, merge
+
+    named = [(host, finding) for host, sections in nodes.items() for one in sections for finding in one.findings]
+    named += [("", finding) for section in together for finding in section.findings]
+    findings = merge(named, len(nodes))
+    host = next(iter(nodes), socket.gethostname())
     if args.json:
-        print(page.to_json(host, {host: sections}, [], findings), end="")
+        print(page.to_json(host, nodes, together, findings), end="", flush=True)
     else:
         now = datetime.datetime.now(datetime.UTC)
         heading = f"farspan doctor on {host}, {now:%Y-%m-%d %H:%M} UTC" + (", quick" if args.quick else "")
-        print(page.render(heading, sections, findings), end="")
-    sys.stdout.flush()
+        print(page.render(heading, [*nodes.get(host, []), *together], findings), end="", flush=True)
     return exit_code(findings)
 
 

@@ -50,7 +50,7 @@ def look(section: Section, *, quick: bool, operations: Iterable[str] | None = No
     if offload and not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
         section.fault(
             f"Python.h is not in {sysconfig.get_paths()['include']}",
-            "parallel.offload_optimizer updates with DeepSpeed's CPU Adam, which is compiled with it at the first start",
+            "parallel.offload_optimizer updates with DeepSpeed's CPU Adam, which is compiled with it first",
             "install python3-dev (python3-devel), or leave offload_optimizer out",
         )
     _cache(section)
@@ -97,7 +97,7 @@ def _cache(section: Section) -> None:
         section.warn(
             f"the cache of kernels {folder} cannot be written: {error.strerror}",
             "what is not in it is not built: PyTorch's own operations run, or a run that requires kernels ends",
-            "set FARSPAN_KERNEL_CACHE or kernels.cache to a folder that can be, or run farspan kernels build beforehand",
+            "set FARSPAN_KERNEL_CACHE or kernels.cache to another folder, or run farspan kernels build beforehand",
         )
         said += ", which cannot be written"
     space = os.statvfs(near)

@@ -85,6 +85,7 @@ def look(section: Section) -> None:
         return
     for i in range(count):
         section.facts["gpus"].append(_describe(section, i))
+    section.facts["gpu_names"] = [gpu["name"] for gpu in section.facts["gpus"]]
     if len({(gpu["name"], gpu["memory_bytes"]) for gpu in section.facts["gpus"]}) > 1:
         section.warn(
             "the GPUs of this machine differ: " + ", ".join(gpu["name"] for gpu in section.facts["gpus"]),
@@ -142,7 +143,7 @@ def _driver_fits(section: Section, smi: Smi) -> None:
         section.fault(
             f"torch is built for CUDA {torch.version.cuda}, which needs driver {least} or newer; here is {smi.driver}",
             "torch sees no GPU with it",
-            f"install driver {least} or newer, or a torch for CUDA {max((m for m in MINIMUM_DRIVER if m < major), default=11)}",
+            f"install driver {least} or newer, or a build of torch for an older CUDA",
         )
 
 
@@ -163,7 +164,7 @@ def _no_gpu(section: Section, smi: Smi) -> None:
         section.fault(
             f"nvidia-smi shows {len(smi.gpus)} GPUs and torch sees none",
             "runs take the CPU, a hundred times as slow",
-            'see python -c "import torch; torch.cuda.init()" for the reason: driver, /dev/nvidia*, or container options',
+            'see python -c "import torch; torch.cuda.init()" for the reason (driver, /dev/nvidia*, container)',
         )
 
 

@@ -24,8 +24,8 @@ MOST_BYTES, MOST_SECONDS = 512 << 20, 6.0  # of a measurement of writing
 _PREFIX = ".farspan-doctor-"
 
 _NETWORK = {
-    "9p", "afs", "beegfs", "ceph", "cifs", "fhgfs", "gfs2", "glusterfs", "gpfs", "lustre", "ncpfs", "nfs", "nfs4", "ocfs2",
-    "orangefs", "panfs", "pvfs2", "smb3", "smbfs", "virtiofs", "wekafs",
+    "9p", "afs", "beegfs", "ceph", "cifs", "fhgfs", "gfs2", "glusterfs", "gpfs", "lustre", "ncpfs", "nfs", "nfs4",
+    "ocfs2", "orangefs", "panfs", "pvfs2", "smb3", "smbfs", "virtiofs", "wekafs",
 }  # fmt: skip
 _IN_MEMORY = {"tmpfs", "ramfs", "devtmpfs"}
 
@@ -64,7 +64,7 @@ class FileSystem:
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """Bytes: of one checkpoint, of those that are kept at once at least, of those that are kept when the run is done."""
+    """Bytes: of one checkpoint, of those that are kept at once at least, of those that are kept in the end."""
 
     checkpoint: int
     least: int
@@ -206,8 +206,10 @@ def _operations(section: Section, scratch: Path, folder: Path) -> None:
         for name, action in {"hard links": link, "locks": lock}.items()
     }
     section.facts["operations"] = works
-    said = [f"{name} {'works' if found is None else 'fails: ' + found}" for name, found in works.items()]
-    section.say(", ".join(said))
+    section.say("what works: " + (", ".join(name for name, found in works.items() if found is None) or "nothing"))
+    for name, found in works.items():
+        if found is not None:
+            section.say(f"{name}: {found}")
 
 
 def _attempt(section: Section, name: str, action: Callable[[], None], folder: Path, *, fault: bool) -> str | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...kernels import forms
-from . import compilers, devices, disk, host, versions
+from . import compilers, devices, disk, host, interfaces, versions
 from .disk import Need
 from .report import Section, examine
 
@@ -27,6 +27,10 @@ class Wanted:
     path: Path | None
     quick: bool
 
+    @property
+    def path_of_checkpoints(self) -> Path | None:
+        return self.path or (Path(self.config.run_dir) / "checkpoints" if self.config is not None else None)
+
 
 def examine_node(wanted: Wanted) -> list[Section]:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -42,6 +46,7 @@ def examine_node(wanted: Wanted) -> list[Section]:
         examine("versions", lambda it: versions.look(it, quick=quick)),
         examine("machine", lambda it: host.look(it, gpus=gpus)),
         examine("devices", devices.look),
+        examine("interfaces", interfaces.look),
         examine(
             "compilers", lambda it: compilers.look(it, quick=quick, operations=operations, offload=offload)
         ),
@@ -50,7 +55,7 @@ def examine_node(wanted: Wanted) -> list[Section]:
     if config is not None:
         found, need = _examine_run(config, wanted, gpus)
         sections += found
-    path = wanted.path or (Path(config.run_dir) / "checkpoints" if config is not None else Path.cwd())
+    path = wanted.path_of_checkpoints or Path.cwd()
     sections.append(examine("disk", lambda it: disk.look(it, path, quick=quick, need=need)))
     return sections
 

@@ -69,7 +69,7 @@ def _cgroups(root: Path, controller: str) -> list[Path]:
     container the path may be the host's; the top of what is mounted counts then."""
     folders: list[Path] = []
     for line in _read(root / "proc/self/cgroup").splitlines():
-        number, controllers, path = (line.split(":", 2) + ["", ""])[:3]
+        number, controllers, path = [*line.split(":", 2), "", ""][:3]
         if number == "0" and not controllers:
             bases = [root / "sys/fs/cgroup", root / "sys/fs/cgroup/unified"]
         elif controller in controllers.split(","):
@@ -216,7 +216,7 @@ def _name(section: Section) -> None:
     if not found:
         section.warn(
             f"the name of this host, {name}, has no address here",
-            "gloo binds to the address of the host's own name, and falls back to 127.0.0.1, which no other node reaches",
+            "gloo binds to the address of the host's own name, else to 127.0.0.1, which no other node reaches",
             f"add {name} to /etc/hosts or the name server, or set GLOO_SOCKET_IFNAME to the network's interface",
         )
 

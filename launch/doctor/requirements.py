@@ -47,7 +47,7 @@ def own_requirements() -> tuple[str, list[str], dict[str, list[str]]]:
     for text in found.get_all("Requires-Dist") or []:
         extra = re.search(r"""extra\s*==\s*['"]([\w.-]+)['"]""", text)
         (extras.setdefault(extra[1], []) if extra else plain).append(text.split(";")[0].strip())
-    return found.get("Requires-Python") or "", plain, extras
+    return str(found["Requires-Python"] or ""), plain, extras
 
 
 def version_of(name: str) -> str | None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from pathlib import Path
 
 import torch
 
 from ...pretrain.config import Config, check_world
-from ...pretrain.data.store import read_manifest
+from ...pretrain.data.store import MANIFEST, read_manifest
 from ...pretrain.files import explain
 from ...pretrain.run import objective_of, with_tokenizer
 from ..tables import size
@@ -32,6 +33,7 @@ def look_at_data(section: Section, config: Config, *, quick: bool) -> Config:
         manifest = read_manifest(folder)
         splits = ["train"] + (["validation"] if config.evaluation.interval else [])
         section.facts |= {"folder": str(folder), "vocabulary": vocabulary.size, "splits": {}}
+        section.facts["digest"] = hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()[:8]
         for split in splits:
             described = manifest["splits"].get(split)
             if described is None:

@@ -141,7 +141,7 @@ def _known_wrong(section: Section) -> None:
 
 
 def _imports(section: Section) -> None:
-    """That all of it can be imported, in a process of its own: what fails there fails before the first line of a run."""
+    """That all of it can be imported, in a process of its own: what fails there fails every run."""
     command = [sys.executable, "-P", "-c", "import farspan.pretrain.train"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT.parent), os.environ.get("PYTHONPATH", "")])}
     try:
