@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import secrets
 import socket
 import sys
@@ -48,12 +47,14 @@ _OF_THE_NODE = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "CUDA_VISIBLE_DEVICE
 class Found:
     """The sections of each node, and those of all of them together; empty but on the first rank.
 
-    ``hung``: a thread of this process is still in a collective: it cannot end as usual.
+    ``hung``: a thread of this process is still in a collective: it cannot end as usual.  ``alone``: this rank did not
+    reach the first one, and has said so.
     """
 
     nodes: dict[str, list[Section]]
     together: list[Section]
     hung: bool = False
+    alone: bool = False
 
 
 def examine_cluster(environment: RankEnvironment, wanted: Wanted, seconds: float) -> Found:
@@ -71,22 +72,22 @@ def examine_cluster(environment: RankEnvironment, wanted: Wanted, seconds: float
             return Found({socket.gethostname(): examine_node(wanted)}, [network])
         if environment.local_rank == 0:
             print(f"farspan: rank {environment.rank} on {socket.gethostname()} {error}", file=sys.stderr, flush=True)
-        return Found({}, [])
+        return Found({}, [], alone=True)
     names = node_names(came)
     if missing:
         _missing(network, missing, came, environment, seconds)
     else:
         _between_ranks(network, environment, store, wanted, names, seconds)
-    leader = environment.local_rank == 0
-    if leader:
+    leaders = [rank for rank in sorted(came) if came[rank]["local_rank"] == 0]
+    path = wanted.path_of_checkpoints if len(leaders) > 1 else None
+    if environment.rank in leaders:
         sections = examine_node(wanted)
         put(store, f"node/{environment.rank}", [section.to_json() for section in sections])
-        if wanted.path_of_checkpoints is not None:
-            _mark(store, environment, came, wanted.path_of_checkpoints)
+        if path is not None:
+            _mark(store, environment, path)
     if environment.rank:
         roll.leave(store, environment, [])
         return Found({}, [], hung=bool(network.facts.get("hung")))
-    leaders = [rank for rank in sorted(came) if came[rank]["local_rank"] == 0]
     nodes: dict[str, list[Section]] = {}
     for rank in leaders:
         said = get(store, f"node/{rank}", NODE_SECONDS)
@@ -99,10 +100,10 @@ def examine_cluster(environment: RankEnvironment, wanted: Wanted, seconds: float
             continue
         nodes[names[rank]] = [Section.from_json(one) for one in said]
     together = [network]
-    if len(nodes) > 1:
+    if len(leaders) > 1:
         together.append(examine("nodes", lambda it: compare(it, nodes)))
-        if wanted.path_of_checkpoints is not None:
-            _shared(together[-1], store, leaders, names, wanted.path_of_checkpoints)
+    if path is not None:
+        _shared(together[-1], store, leaders, names, path)
     roll.leave(store, environment, sorted(came))
     return Found(nodes, together, hung=bool(network.facts.get("hung")))
 
@@ -273,7 +274,7 @@ def _summary(found: Mapping[str, Mapping[str, Any]]) -> str:
     return ", ".join(said)
 
 
-def _mark(store: Store, environment: RankEnvironment, came: Mapping[int, Any], path: Path) -> None:
+def _mark(store: Store, environment: RankEnvironment, path: Path) -> None:
     """The first node makes a file where checkpoints go; the others say whether they see it."""
     if environment.rank == 0:
         name = None
@@ -284,14 +285,17 @@ def _mark(store: Store, environment: RankEnvironment, came: Mapping[int, Any], p
         put(store, "mark", name)
         return
     name = get(store, "mark", NODE_SECONDS)
-    seen = None
-    if name is not None:
-        deadline = time.monotonic() + 5.0  # a network file system remembers for a while that there was nothing
-        while not (seen := os.path.exists(name)) and time.monotonic() < deadline:  # noqa: PTH110
-            with contextlib.suppress(OSError):
-                os.listdir(Path(name).parent)  # noqa: PTH208
-            time.sleep(0.2)
-    put(store, f"seen/{environment.rank}", seen)
+    put(store, f"seen/{environment.rank}", name is not None and _sees(Path(name)))
+
+
+def _sees(file: Path, seconds: float = 5.0) -> bool:
+    """A network file system remembers for a while that there was nothing."""
+    deadline = time.monotonic() + seconds
+    while not (seen := file.exists()) and time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            list(file.parent.iterdir())
+        time.sleep(0.2)
+    return seen
 
 
 def _shared(

@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
 
     apply(environment)
     found = examine_cluster(environment, wanted, args.wait)
-    code = 0
+    code = int(found.alone)
     if environment.rank == 0:
         code = _print(args, found.nodes, found.together)
         if ANSWER in os.environ:  # the parent says it: to whoever watches over ranks 1 means that one failed

@@ -220,7 +220,7 @@ def _links(section: Section, count: int) -> None:
         return
     rows = [line.split("\t") for line in done.stdout.splitlines() if line.strip().startswith("GPU")]
     matrix = [[row[0].strip(), *(cell.strip() for cell in row[1 : count + 1])] for row in rows]
-    section.facts["links"] = {row[0]: row[1:] for row in matrix}
+    section.facts["links"] = {row[0]: row[1:] for row in matrix if row[0]}
     for line in table(matrix):
         section.say(line)
 

@@ -21,6 +21,7 @@ from .report import Section
 
 BLOCK = 4 << 20
 MOST_BYTES, MOST_SECONDS = 512 << 20, 6.0  # of a measurement of writing
+SLOW, LONG = 100e6, 300.0  # bytes per second; seconds of a save
 _PREFIX = ".farspan-doctor-"
 
 _NETWORK = {
@@ -198,13 +199,15 @@ def _operations(section: Section, scratch: Path, folder: Path) -> None:
         with (scratch / "lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
-    # A lease and the parts of a checkpoint are files that come by rename; a link alone may not be had on some.
-    needed = {"writing and flushing": write, "renaming onto a file": rename, "renaming a folder": rename_folder}
-    works = {name: _attempt(section, name, action, folder, fault=True) for name, action in needed.items()}
-    works |= {
-        name: _attempt(section, name, action, folder, fault=False)
-        for name, action in {"hard links": link, "locks": lock}.items()
-    }
+    works = {"writing and flushing": _attempt(section, "writing and flushing", write, folder, fault=True)}
+    if works["writing and flushing"] is None:
+        for name, action, fault in (
+            ("renaming onto a file", rename, True),
+            ("renaming a folder", rename_folder, True),
+            ("hard links", link, False),
+            ("locks", lock, False),
+        ):
+            works[name] = _attempt(section, name, action, folder, fault=fault)
     section.facts["operations"] = works
     section.say("what works: " + (", ".join(name for name, found in works.items() if found is None) or "nothing"))
     for name, found in works.items():
@@ -269,10 +272,11 @@ def _speed(section: Section, scratch: Path, folder: Path, need: Need | None) -> 
     if need is not None:
         save = section.facts["save_seconds"] = need.checkpoint / rate
         section.say(f"a checkpoint of {size(need.checkpoint)} takes about {save:,.1f} s when one node writes it")
-    if rate < 100e6:
+    if rate < SLOW if need is None else need.checkpoint / rate > LONG:
+        takes = "" if need is None else f": a checkpoint takes {need.checkpoint / rate:,.0f} s"
         section.warn(
-            f"{folder} takes {size(int(rate))}/s",
-            "a save takes as long as its bytes need, and the next one waits for it",
+            f"{folder} takes {size(int(rate))}/s{takes}",
+            "a save that is under way when the next one is due, or when the job ends, is waited for",
             "set run_dir to a faster disk, or save less often (checkpoint.interval)",
         )
 
