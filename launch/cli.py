@@ -173,8 +173,13 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
         command_of_kernels.add_build_arguments(build)
         command_of_kernels.add_list_arguments(show)
 
-    doctor = commands.add_parser("doctor", help="what this machine has, and which kernels would run here")
+    doctor = commands.add_parser("doctor", help="one page on this machine and cluster, and what to mend")
     doctor.set_defaults(run=_doctor, parser=doctor)
+    if command == "doctor":
+        from .doctor import command as command_of_doctor
+
+        doctor.description, doctor.formatter_class = command_of_doctor.DESCRIPTION, raw
+        command_of_doctor.add_arguments(doctor)
 
     version = commands.add_parser("version", help="print the versions of Farspan and of what it stands on")
     version.set_defaults(run=_version, parser=version)
@@ -264,9 +269,9 @@ def _list_kernels(args: argparse.Namespace) -> None:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from .doctor import run
+    from .doctor.command import run
 
-    return run()
+    return run(args)
 
 
 def _bench_kernels(args: argparse.Namespace) -> None:

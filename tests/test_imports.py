@@ -33,7 +33,7 @@ THIRD_PARTY = {
         "tqdm",
         "matplotlib",
     },
-    "launch": {"torch"},
+    "launch": {"torch", "packaging"},
 }
 # Of the package, all that models know: layers and where they lie, operations, and what they are fed.
 MODELS = "farspan.pretrain.models"

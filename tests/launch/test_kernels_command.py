@@ -1,4 +1,4 @@
-"""``farspan kernels build | list`` and ``farspan doctor``."""
+"""``farspan kernels build | list``."""
 
 from __future__ import annotations
 
@@ -132,17 +132,3 @@ def test_an_empty_cache(run: Run) -> None:
 def test_bad_arguments(run: Run, arguments: list[str], words: str) -> None:
     code, _, err = run("kernels", "build", *arguments)
     assert code == 2 and words in err
-
-
-def test_doctor(run: Run) -> None:
-    code, out, err = run("doctor")
-    assert code == 0 and not err
-    for word in ("torch", "megatron-core", "no GPU", "compilers", "kernels (mode auto", "nothing on cpu: compiled"):
-        assert word in out, word
-
-
-def test_doctor_says_what_would_fail(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FARSPAN_KERNELS", "require")
-    monkeypatch.setenv("CXX", "/nowhere/c++")
-    code, _, err = run("doctor")
-    assert code == 1 and "kernels.mode is require and nothing cannot be had for cpu" in err
