@@ -6,9 +6,10 @@ import functools
 import time
 from pathlib import Path
 
+from ..parallel.ledger import Ledger
 from ..parallel.mesh import Mesh
 from ..parallel.roll_call import RollCall
-from . import run
+from . import heartbeat, run
 from .config import Config
 from .evaluation import Evaluation
 from .hardware import peak_memory, utilization
@@ -19,6 +20,7 @@ from .objectives import Objective
 from .resume import Start, describe_layout, find_start, layout_of
 from .saving import Saving
 from .stop import StopRequests
+from .stragglers import stragglers_of
 from .watch import largest
 
 
@@ -32,19 +34,22 @@ def train(config: Config, *, resume: str = "auto", stop_after: int | None = None
     """
     config, vocabulary = run.with_tokenizer(config)
     objective = run.objective_of(config, vocabulary, "train")
-    mesh = run.mesh_of(config)
-    try:
-        with leased(Path(config.run_dir), mesh) as lease:
-            start = find_start(config, mesh, resume)
-            last = config.training.steps if stop_after is None else min(stop_after, config.training.steps)
-            return _train(config, mesh, lease, Evaluation(config, mesh, vocabulary), objective, start, last)
-    finally:
-        mesh.destroy()
+    with Ledger(heartbeat.current()).installed() as ledger:
+        mesh = run.mesh_of(config)
+        try:
+            with leased(Path(config.run_dir), mesh) as lease:
+                start = find_start(config, mesh, resume)
+                last = config.training.steps if stop_after is None else min(stop_after, config.training.steps)
+                evaluation = Evaluation(config, mesh, vocabulary)
+                return _train(config, mesh, ledger, lease, evaluation, objective, start, last)
+        finally:
+            mesh.destroy()
 
 
 def _train(
     config: Config,
     mesh: Mesh,
+    ledger: Ledger,
     lease: Lease | None,
     evaluation: Evaluation,
     objective: Objective,
@@ -69,12 +74,15 @@ def _train(
     )
     saving = Saving(config, mesh, engine, watch, writer, None if lease is None else lease.confirm)
     roll_call, asked_by = RollCall(mesh), None
-    with writer, loader, StopRequests(config.checkpoint.margin_seconds) as stop:
+    alive, stragglers = heartbeat.current(), stragglers_of(config, mesh)
+    with writer, loader, StopRequests(config.checkpoint.margin_seconds) as stop, alive.phase("training"):
         for damage in start.passed_over:
             writer.message(f"not taken: {damage}")
         writer.message(_greeting(config, mesh, start))
         writer.message(kernels)
         for step in range(start.step, last):
+            alive.beat(step)
+            ledger.waited()  # between steps
             began = time.perf_counter()
             batch = loader.batch(step)
             waited = time.perf_counter() - began
@@ -89,6 +97,7 @@ def _train(
             losses = loss_function.means(result.statistics, counts)
             trouble = watch.see(result.gradient_norm)
             seconds = time.perf_counter() - began
+            busy = seconds - ledger.waited()
             done = step + 1
             writer.train(
                 StepMetrics(
@@ -116,20 +125,26 @@ def _train(
                     raise ValueError(watch.last_words(done))
             metrics = {"loss": losses.loss}
             if evaluation.due(done):
-                metrics["validation_loss"] = evaluation(engine, writer, done)
+                with alive.phase("evaluating"):
+                    metrics["validation_loss"] = evaluation(engine, writer, done)
             saving.poll()
             if done < last:
-                asked_by = stop.agreed(roll_call.answer())
-                roll_call.ask(stop.code)
+                said = roll_call.answer()
+                asked_by = stop.agreed(said)
+                if said is not None and stragglers is not None:
+                    writer.health(stragglers.see(done - 1, [seconds for _, seconds in said]))
+                roll_call.ask(stop.code, busy)
             if lease is not None:
                 lease.check()
             if asked_by is not None or saving.due(done, last):
-                saving.save(done, metrics)
+                with alive.phase("saving"):
+                    saving.save(done, metrics)
             if asked_by is not None:
                 writer.message(f"asked to stop ({asked_by}): saving after step {done}; the same command goes on")
                 break
         roll_call.answer()
-        saving.finish()
+        with alive.phase("saving"):
+            saving.finish()
     return asked_by
 
 
