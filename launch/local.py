@@ -224,12 +224,12 @@ class _Group:
         self.kill()
         for rank in self._ranks:
             rank.process.wait()
-        for note in self._notes.glob(f"*{HUNG_SUFFIX}"):
-            self._hang = note.read_text() or self._hang or ""
             if rank.process.stdout is not None:
                 rank.read()
                 rank.process.stdout.close()
         self._selector.close()
+        for note in self._notes.glob(f"*{HUNG_SUFFIX}"):
+            self._hang = note.read_text() or self._hang or ""
 
     def conclude(self) -> int:
         """Say which rank failed first and how; return the exit code."""
@@ -237,9 +237,7 @@ class _Group:
             return 0
         if self._hang is not None:
             where = f": {self._hang}/summary.txt has the stacks" if self._hang else ""
-            print(
-                f"farspan: the run hung and its guards ended it (exit code {HUNG}){where}", file=sys.stderr, flush=True
-            )
+            print(f"farspan: the run hung, its guards ended it (exit code {HUNG}){where}", file=sys.stderr, flush=True)
             return HUNG
         # One that failed but had to be ended has no exit code of its own.
         code = self._ranks[self._culprit].process.returncode if self._culprit in self._failures else 1

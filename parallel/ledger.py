@@ -194,10 +194,11 @@ class Ledger:
     def _series_of(self, group: Any, kind: str, pair: tuple[int, int] | None) -> _Series:
         of_group = self._series.setdefault(group, {})
         if kind not in of_group:
-            ranks = dist.get_process_group_ranks(group)
+            ranks, name = dist.get_process_group_ranks(group), group.group_desc
             if pair is not None:
                 ranks = [ranks[place] for place in pair]
-            slot = self._board.group(group.group_name + kind, group.group_desc, ranks)
+                name += f" (messages from rank {ranks[0]} to {ranks[1]})"
+            slot = self._board.group(group.group_name + kind, name, ranks)
             of_group[kind] = _Series(slot)
         return of_group[kind]
 

@@ -48,8 +48,8 @@ class Stragglers:
             return None
         slowest = int(np.nanargmax(ratios))
         begun = [
-            Straggler(int(rank), self.hosts[rank], float(ratios[rank]), float(medians[rank]), float(others[rank]))
-            for rank in np.flatnonzero(ratios >= self.factor)
+            Straggler(rank, self.hosts[rank], float(ratios[rank]), float(medians[rank]), float(others[rank]))
+            for rank in np.flatnonzero(ratios >= self.factor).tolist()
             if rank not in self._named
         ]
         ended = [one for rank, one in self._named.items() if not ratios[rank] >= (1 + self.factor) / 2]
