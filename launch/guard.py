@@ -16,6 +16,7 @@ from ..pretrain import heartbeat
 from ..pretrain.heartbeat import Heartbeat, Record
 from .exit_codes import HUNG
 from .guard_process import STACKS_SIGNAL
+from .local import die_with
 
 # No site-packages before the standard library, no environment variables: what the guard imports is what Python has.
 _PROGRAM = "import sys; sys.path.append({root!r}); from farspan.launch.guard_process import main; main()"
@@ -39,6 +40,7 @@ class Guard:
             stdout=subprocess.DEVNULL,  # it has this process's standard error, and nothing else that others wait for
             pass_fds=[record, self._stacks, writer],
             start_new_session=True,
+            preexec_fn=die_with(os.getpid()),
         )
         os.close(writer)
         self.heartbeat = Heartbeat(Record(record))

@@ -7,7 +7,6 @@ standard library alone, waits for no file system, and is killed by the kernel wh
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import select
@@ -35,7 +34,6 @@ _POLL_SECONDS = 1.0
 _WRITE_SECONDS = 20.0  # that a file system gets
 _STACKS_SECONDS = 3.0
 _END_SECONDS = 5.0  # that a rank gets to end by itself
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Guard:
@@ -69,8 +67,6 @@ class Guard:
         while True:
             pause = min(_POLL_SECONDS, self.limit / 20)
             time.sleep(pause)
-            if os.getppid() != self.parent:
-                os._exit(0)
             now = time.monotonic()
             passed, last = min(now - last, 2 * pause), now
             self.silent = self.silent + passed if self.record.beats == beats else 0.0
@@ -295,7 +291,4 @@ def main() -> None:
     # Signals that are meant for a whole job reach this process too: it ends with its rank, and not before.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != arguments["parent"]:  # it has ended already
-        return
     Guard(**arguments).run()

@@ -142,7 +142,7 @@ class _Group:
         if rank > 0:
             env.setdefault("PYTHONUNBUFFERED", "1")
             options |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        started = _Rank(subprocess.Popen(command, preexec_fn=_die_with(os.getpid()), **options))
+        started = _Rank(subprocess.Popen(command, preexec_fn=die_with(os.getpid()), **options))
         if started.process.stdout is not None:
             os.set_blocking(started.process.stdout.fileno(), False)
             self._selector.register(started.process.stdout, selectors.EVENT_READ, started)
@@ -265,7 +265,7 @@ class _Group:
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def _die_with(parent: int) -> Callable[[], None] | None:
+def die_with(parent: int) -> Callable[[], None] | None:
     """What a new process does first: ask Linux to kill it when its parent ends, however that ends."""
     if sys.platform != "linux":
         return None
