@@ -29,6 +29,7 @@ from .parent import die_with_launcher
 
 if TYPE_CHECKING:
     from ..pretrain.config import Config
+    from .guard import Guard
 
 _OVERVIEW = """\
 Pretrain language models from text to a Hugging Face folder.
@@ -196,6 +197,7 @@ def _train(args: argparse.Namespace) -> int:
     environment = read_environment()
     if environment is not None and args.ranks is not None:
         raise ValueError("--ranks starts ranks on this machine, but a launcher already started them: leave it out")
+    guard = None if environment is None or args.print_config else _start_guard(environment)
     from ..pretrain.config_file import load_config
 
     config = load_config(args.config, args.overrides)
@@ -216,10 +218,23 @@ def _train(args: argparse.Namespace) -> int:
         die_with_launcher()
     check_address(environment)
     apply(environment)
+    guard = guard or _start_guard(environment)
+    if guard is not None:
+        health, seconds = config.health, config.training.timeout_seconds
+        guard.configure(run_dir=config.run_dir, hang_seconds=health.hang_seconds, timeout_seconds=seconds)
     from ..pretrain.train import train
 
     stopped = train(config, resume=args.resume, stop_after=args.stop_after) is not None
     return exit_codes.of_stop(environment.rank) if stopped else exit_codes.DONE
+
+
+def _start_guard(environment: RankEnvironment) -> Guard | None:
+    """What notices that this rank hangs, before anything slow is imported; None where the system is not Linux."""
+    if sys.platform != "linux":
+        return None
+    from .guard import Guard
+
+    return Guard(environment.rank, environment.world_size)
 
 
 def _default_ranks(config: Config) -> int:

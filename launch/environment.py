@@ -15,6 +15,7 @@ _FIRST_SPECIAL_STEP = 0xFFFFFFF0
 # Where a local rank notes when it failed.  The order in which ranks end says little: one that fails closes its
 # connections before it ends, and the others, failing on those, may end first.
 FAILURE_FILE = "FARSPAN_FAILURE_FILE"
+HUNG_SUFFIX = ".hung"  # of that name: where the guard of the rank notes that it ends it, and the folder of its report
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,8 +17,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from .environment import FAILURE_FILE, RankEnvironment, apply
-from .exit_codes import IO_ERROR, STOPPED, USER_ERROR
+from .environment import FAILURE_FILE, HUNG_SUFFIX, RankEnvironment, apply
+from .exit_codes import HUNG, IO_ERROR, STOPPED, USER_ERROR
 from .parent import die_with
 
 # -P: the working directory is no place to import from (it may well hold a folder named like a package).
@@ -126,6 +126,7 @@ class _Group:
         self._selector = selectors.DefaultSelector()
         self._failures: dict[int, float] = {}  # rank -> when it was seen to have failed by itself
         self._culprit: int | None = None  # the rank that failed first
+        self._hang: str | None = None  # guards ended the ranks: the folder of what they wrote
         self._interrupted = 0  # SIGINTs passed on
         self._signalled = False
         self._stop_at: float | None = None  # when the ranks that are left get SIGTERM
@@ -227,11 +228,17 @@ class _Group:
                 rank.read()
                 rank.process.stdout.close()
         self._selector.close()
+        for note in self._notes.glob(f"*{HUNG_SUFFIX}"):
+            self._hang = note.read_text() or self._hang or ""
 
     def conclude(self) -> int:
         """Say which rank failed first and how; return the exit code."""
         if self._culprit is None:
             return 0
+        if self._hang is not None:
+            where = f": {self._hang}/summary.txt has the stacks" if self._hang else ""
+            print(f"farspan: the run hung, its guards ended it (exit code {HUNG}){where}", file=sys.stderr, flush=True)
+            return HUNG
         # One that failed but had to be ended has no exit code of its own.
         code = self._ranks[self._culprit].process.returncode if self._culprit in self._failures else 1
         zero_said_it = code in (USER_ERROR, IO_ERROR, STOPPED) and self._ranks[0].process.returncode == code

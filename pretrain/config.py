@@ -265,6 +265,34 @@ class LoggingConfig(Section):
     tensorboard: bool = Field(True, description="write run_dir/tensorboard")
 
 
+class HealthConfig(Section):
+    """Ranks that hang, and ranks that are slow."""
+
+    hang_seconds: float = Field(
+        600.0,
+        ge=0.0,
+        description="a rank that gives no sign of life for so long while it trains or evaluates is reported in "
+        "run_dir/hangs, and all are ended with exit code 76 (starting and saving: after training.timeout_seconds); "
+        "0: no guard",
+    )
+    straggler_factor: float = Field(
+        1.5,
+        ge=0.0,
+        description="a rank that is busy so many times as long as the others of its pipeline stage is named in the log "
+        "and in TensorBoard; 0: none",
+    )
+    straggler_window: int = Field(32, gt=1, description="steps whose median is compared for that")
+
+    @model_validator(mode="after")
+    def _check(self) -> HealthConfig:
+        if 0 < self.straggler_factor <= 1:
+            raise ValueError(
+                f"straggler_factor {self.straggler_factor:g} would name ranks that are no slower than others: "
+                "set it above 1, or to 0 for none"
+            )
+        return self
+
+
 def _parse_model(value: Any) -> Any:
     """The model section, as its architecture reads it."""
     if isinstance(value, ModelConfig):
@@ -294,6 +322,7 @@ class Config(Section):
     kernels: KernelsConfig = KernelsConfig()
     spikes: SpikesConfig = SpikesConfig()
     logging: LoggingConfig = LoggingConfig()
+    health: HealthConfig = HealthConfig()
 
     @model_validator(mode="after")
     def _check(self) -> Config:

@@ -80,6 +80,30 @@ class SaveMetrics:
     problem: str | None = None  # why there is no checkpoint
 
 
+@dataclasses.dataclass(frozen=True)
+class Straggler:
+    """A rank that is slow: the median of the seconds that it is busy in a step, and that of the others of its stage."""
+
+    rank: int
+    host: str
+    ratio: float
+    busy_seconds: float
+    others_seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class HealthMetrics:
+    """How the ranks compare over the last ``window`` steps; ``begun``, ``ended``: who is a straggler from now on, and
+    who was until now."""
+
+    step: int
+    slowest_rank: int
+    slowest_busy_ratio: float  # busy so many times as long as the others of its pipeline stage
+    window: int
+    begun: tuple[Straggler, ...] = ()
+    ended: tuple[Straggler, ...] = ()
+
+
 def json_line(values: Mapping[str, Any]) -> str:
     """One line of valid JSON.  A finite float is written so that reading it gives the same 64 bits.
 
@@ -237,6 +261,25 @@ class MetricsWriter:
         if metrics.problem is not None:
             values["save_problem"] = metrics.problem
         self._write({"step": metrics.step} | values)
+
+    def health(self, metrics: HealthMetrics | None) -> None:
+        """Report how the ranks compare: curves, and a line for each that is a straggler, or is one no more; None:
+        there is nothing to compare yet."""
+        if metrics is None or not self._is_writer:
+            return
+        ratio = {"slowest_rank": metrics.slowest_rank, "slowest_busy_ratio": metrics.slowest_busy_ratio}
+        self._scalars(metrics.step, "health", ratio)
+        for one in metrics.begun:
+            values = dataclasses.asdict(one)
+            self._write({"step": metrics.step, "straggler": values.pop("rank")} | values)
+            self._console.message(
+                f"step {metrics.step}: rank {one.rank} ({one.host}) is slow: busy for {one.busy_seconds:.3g} s a step, "
+                f"{one.ratio:.1f} times as long as the other ranks of its pipeline stage ({one.others_seconds:.3g} s; "
+                f"medians of {metrics.window} steps)"
+            )
+        for one in metrics.ended:
+            self._write({"step": metrics.step, "straggler_ended": one.rank, "host": one.host})
+            self._console.message(f"step {metrics.step}: rank {one.rank} ({one.host}) is as fast as the others again")
 
     def message(self, text: str) -> None:
         """A line for people (a checkpoint was written, ...), above the bar where there is one."""

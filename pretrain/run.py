@@ -17,6 +17,7 @@ from ..parallel.loss_scale import LossScale
 from ..parallel.mesh import Mesh, local_device
 from ..parallel.sharding import initialize
 from . import checkpoint as ckpt
+from . import heartbeat
 from .batch import Batch, microbatch_count, microbatches
 from .config import Config, check_world
 from .data.loader import Loader
@@ -162,7 +163,10 @@ def stage_runner(mesh: Mesh, *, dropout: tuple[int, int] | None, recompute: Reco
     ``dropout``: the (seed, step) that its masks are keyed by; None in evaluation, where correct guesses are counted.
     """
 
+    alive = heartbeat.current()
+
     def run_stage(module: Callable[..., Any], batch: Batch, received: Tensor | None, chunk: int) -> Any:
+        alive.beat()
         batch = batch.to(mesh.device)
         key = None if dropout is None else DropoutKey(*dropout, batch.token_samples.t())
         return module(batch, received, chunk=chunk, dropout=key, recompute=recompute, count_correct=dropout is None)

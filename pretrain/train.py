@@ -7,9 +7,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..parallel.ledger import Ledger
 from ..parallel.mesh import Mesh
 from ..parallel.roll_call import RollCall
-from . import run
+from . import heartbeat, run
 from .config import Config
 from .evaluation import Evaluation
 from .going_back import GoingBack, WentBack, free_memory
@@ -22,6 +23,7 @@ from .resume import Start, describe_layout, find_start, layout_of
 from .rollbacks import Rollback, read_everywhere, with_skips
 from .saving import Saving
 from .stop import StopRequests
+from .stragglers import stragglers_of
 from .watch import largest
 
 
@@ -35,29 +37,31 @@ def train(config: Config, *, resume: str = "auto", stop_after: int | None = None
     """
     config, vocabulary = run.with_tokenizer(config)
     objective = run.objective_of(config, vocabulary, "train")
-    mesh = run.mesh_of(config)
-    try:
-        with leased(Path(config.run_dir), mesh) as lease:
-            last = config.training.steps if stop_after is None else min(stop_after, config.training.steps)
-            evaluation = Evaluation(config, mesh, vocabulary)
-            while True:
-                rollbacks = read_everywhere(config.run_dir, mesh)
-                config = with_skips(config, rollbacks)
-                start = find_start(config, mesh, resume, rollbacks)
-                try:
-                    return _train(config, mesh, lease, evaluation, objective, start, last, rollbacks)
-                except WentBack as back:
-                    if back.asked_by is not None:
-                        return back.asked_by
-                resume = "auto"
-                free_memory()
-    finally:
-        mesh.destroy()
+    last = config.training.steps if stop_after is None else min(stop_after, config.training.steps)
+    with Ledger(heartbeat.current()).installed() as ledger:
+        mesh = run.mesh_of(config)
+        try:
+            with leased(Path(config.run_dir), mesh) as lease:
+                evaluation = Evaluation(config, mesh, vocabulary)
+                while True:
+                    rollbacks = read_everywhere(config.run_dir, mesh)
+                    config = with_skips(config, rollbacks)
+                    start = find_start(config, mesh, resume, rollbacks)
+                    try:
+                        return _train(config, mesh, ledger, lease, evaluation, objective, start, last, rollbacks)
+                    except WentBack as back:
+                        if back.asked_by is not None:
+                            return back.asked_by
+                    resume = "auto"
+                    free_memory()
+        finally:
+            mesh.destroy()
 
 
 def _train(
     config: Config,
     mesh: Mesh,
+    ledger: Ledger,
     lease: Lease | None,
     evaluation: Evaluation,
     objective: Objective,
@@ -84,7 +88,8 @@ def _train(
     confirm = None if lease is None else lease.confirm
     saving = Saving(config, mesh, engine, watch, writer, confirm, rollbacks=len(rollbacks))
     roll_call, asked_by = RollCall(mesh), None
-    with writer, loader, StopRequests(config.checkpoint.margin_seconds) as stop:
+    alive, stragglers = heartbeat.current(), stragglers_of(config, mesh)
+    with writer, loader, StopRequests(config.checkpoint.margin_seconds) as stop, alive.phase("training"):
         going_back = GoingBack(config, mesh, start, rollbacks, watch, saving, writer, roll_call, stop)
         for damage in start.passed_over:
             writer.message(f"not taken: {damage}")
@@ -94,6 +99,8 @@ def _train(
             writer.message(f"{config.data.folder} was prepared without checksums: damage to its tokens goes unseen")
         going_back.check(start.step)
         for step in range(start.step, last):
+            alive.beat(step)
+            ledger.waited()  # between steps
             began = time.perf_counter()
             batch, samples = loader.batch(step), sizes.samples_of(step)
             waited = time.perf_counter() - began
@@ -109,6 +116,7 @@ def _train(
             done = step + 1
             trouble = watch.see(done, losses.loss, result.gradient_norm)
             seconds = time.perf_counter() - began
+            busy = seconds - ledger.waited()
             writer.train(
                 StepMetrics(
                     step=done,
@@ -135,20 +143,26 @@ def _train(
                     raise ValueError(watch.last_words(done))
             metrics = {"loss": losses.loss}
             if evaluation.due(done):
-                metrics["validation_loss"] = evaluation(engine, writer, done)
+                with alive.phase("evaluating"):
+                    metrics["validation_loss"] = evaluation(engine, writer, done)
             saving.poll()
             if done < last:
-                asked_by = stop.agreed(roll_call.answer())
-                roll_call.ask(stop.code)
+                said = roll_call.answer()
+                asked_by = stop.agreed(said)
+                if said is not None and stragglers is not None:
+                    writer.health(stragglers.see(done - 1, [seconds for _, seconds in said]))
+                roll_call.ask(stop.code, busy)
             if lease is not None:
                 lease.check()
             if asked_by is not None or saving.due(done, last):
-                saving.save(done, metrics)
+                with alive.phase("saving"):
+                    saving.save(done, metrics)
             if asked_by is not None:
                 writer.message(f"asked to stop ({asked_by}): saving after step {done}; the same command goes on")
                 break
         roll_call.answer()
-        saving.finish()
+        with alive.phase("saving"):
+            saving.finish()
     return asked_by
 
 

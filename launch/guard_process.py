@@ -1,0 +1,294 @@
+"""The guard: a small process beside a rank, that ends it, and says why, when it gives no sign of life for too long.
+
+It reads the rank's record (``pretrain.heartbeat``) and /proc, and must work where nothing else does: it imports the
+standard library alone, waits for no file system, and is killed by the kernel when its rank ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..pretrain.heartbeat import Record
+from . import hang_report
+from .environment import FAILURE_FILE, HUNG_SUFFIX
+from .exit_codes import HUNG
+from .hang_report import Report
+
+STACKS_SIGNAL = signal.SIGRTMIN + 3  # nobody else's, we hope: SIGUSR1 asks to save, schedulers send SIGUSR2
+FOLDER = "hangs"
+PATIENCE_SECONDS = 10.0  # for the reports of other ranks
+_LIMIT_SECONDS = 1800.0  # until the configuration has been read
+_POLL_SECONDS = 1.0
+_WRITE_SECONDS = 20.0  # that a file system gets
+_STACKS_SECONDS = 3.0
+_END_SECONDS = 5.0  # that a rank gets to end by itself
+
+
+class Guard:
+    """``rank``, ``world``: as launchers count.  ``parent``: the rank's process.  Descriptors: of the record, of what
+    faulthandler writes to, and of a pipe to the thread in the rank that ends it."""
+
+    def __init__(self, rank: int, world: int, parent: int, record: int, stacks: int, pipe: int) -> None:
+        self.rank, self.world, self.parent = rank, world, parent
+        self.record, self.stacks, self.pipe = Record(record), stacks, pipe
+        self.settings: dict[str, Any] = {}
+        self.silent = 0.0
+        self.folder: Path | None = None  # of this hang
+        self._claims: int | None = None  # hangs of this run until now
+
+    def run(self) -> None:
+        self.watch()
+        try:
+            self.report()
+        finally:
+            self.end()
+
+    # Watching.
+
+    def watch(self) -> None:
+        """Return when the rank has been silent for too long, or the guard of another one says so of its own.
+
+        Time in which this process does not run either (a job that is suspended, a machine that is frozen) is not the
+        rank's silence: of each look no more counts than it was to last.
+        """
+        beats, last = self.record.beats, time.monotonic()
+        while True:
+            pause = min(_POLL_SECONDS, self.limit / 20)
+            time.sleep(pause)
+            now = time.monotonic()
+            passed, last = min(now - last, 2 * pause), now
+            self.silent = self.silent + passed if self.record.beats == beats else 0.0
+            beats = self.record.beats
+            self._read_settings()
+            if self.silent >= self.limit:
+                return
+            if self.silent >= min(self.limit, self.hang_seconds) / 2 and self._others_claim():
+                return
+
+    @property
+    def hang_seconds(self) -> float:
+        return float(self.settings.get("hang_seconds", _LIMIT_SECONDS))
+
+    @property
+    def limit(self) -> float:
+        """Of the phase in which the rank is."""
+        if self.record.phase in ("training", "evaluating"):
+            return self.hang_seconds
+        return float(self.settings.get("timeout_seconds", _LIMIT_SECONDS))
+
+    @property
+    def hangs(self) -> Path | None:
+        """Where hangs of this run are written."""
+        return Path(self.settings["run_dir"]) / FOLDER if "run_dir" in self.settings else None
+
+    def _read_settings(self) -> None:
+        if self.settings:
+            return
+        self.settings = self.record.settings()
+        hangs = self.hangs
+        if hangs is not None:
+            self._claims = within(_WRITE_SECONDS, lambda: len(_claims(hangs)))
+
+    # All guards of a run write to the same folder: the first makes a link to it whose name all can tell beforehand.
+
+    @property
+    def _claim(self) -> Path | None:
+        return None if self.hangs is None or self._claims is None else self.hangs / f".{self._claims + 1}"
+
+    def _others_claim(self) -> bool:
+        claim = self._claim
+        there = claim is not None and within(1.0, lambda: claim.is_symlink())
+        if there is None:  # a file system that does not answer is not asked again
+            self._claims = None
+        return bool(there)
+
+    def _make_folder(self) -> Path | None:
+        if self.hangs is None:
+            return None
+        self.hangs.mkdir(parents=True, exist_ok=True)
+        name = time.strftime("%Y-%m-%dT%H-%M-%SZ", time.gmtime())
+        if self._claim is not None:
+            with contextlib.suppress(OSError):  # it is there, or the file system has no links
+                self._claim.symlink_to(name)
+            with contextlib.suppress(OSError):
+                name = str(self._claim.readlink())
+        folder = self.hangs / name
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    # Reporting.
+
+    def report(self) -> None:
+        """Write this rank's report, wait for the others', say who is to blame."""
+        silent, limit, process = self.silent, self.limit, about_process(self.parent)
+        record = self.record.state()
+        self.folder = within(_WRITE_SECONDS, self._make_folder)
+        reports: dict[int, Report] = {}
+        end = time.monotonic() + PATIENCE_SECONDS
+        if process["state"] in hang_report.STOPPED:
+            # It would go on for a moment, and others with it: their stacks come first.
+            self._collect(reports, self.world - 1, time.monotonic() + PATIENCE_SECONDS / 2)
+        stacks = self._take_stacks()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.parent, signal.SIGSTOP)  # nothing is to change, and nobody to fail before all have reported
+        mine: Report = {
+            "rank": self.rank,
+            "world": self.world,
+            "host": socket.gethostname(),
+            "pid": self.parent,
+            "time": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
+            "silent_seconds": silent,
+            "limit_seconds": limit,
+            "process": process,
+            "record": record,
+            "stacks": stacks,
+            "no_stacks": "the process does not answer a signal",
+            "top": hang_report.top_of(stacks),
+        }
+        reports[self.rank] = mine
+        file = self._file(self.rank)
+        if file is not None:
+            within(_WRITE_SECONDS, lambda: _write(file, hang_report.to_text(mine)))
+        self._collect(reports, self.world, end)
+        self._conclude(reports, mine)
+
+    def _conclude(self, reports: dict[int, Report], mine: Report) -> None:
+        text, found = hang_report.summary(reports, self.world), hang_report.culprits(reports, self.world)
+        folder = self.folder
+        first = self.rank == min(reports)
+        if first and folder is not None and within(_WRITE_SECONDS, lambda: _write(folder / "summary.txt", text)):
+            text = text.split("\n\n")[0] + f"\nstacks and last collectives of all ranks: {folder}/summary.txt\n"
+        elif self.rank in found:
+            text = f"{hang_report.who(mine)} holds up the others, {found[self.rank]}\n"
+        if first or self.rank in found:
+            _say(f"farspan: {text}" if self.rank == 0 else f"farspan: [rank {self.rank}] {text}")
+        if note := os.environ.get(FAILURE_FILE):
+            within(1.0, lambda: Path(note + HUNG_SUFFIX).write_text(str(folder or "")))
+
+    def _file(self, rank: int) -> Path | None:
+        return None if self.folder is None else self.folder / f"rank-{rank:05d}.txt"
+
+    def _collect(self, reports: dict[int, Report], count: int, end: float) -> None:
+        """Read the reports of other ranks until there are so many, or the time is over."""
+
+        def read(file: Path) -> Report:
+            return hang_report.from_text(file.read_text(encoding="utf-8", errors="replace"))
+
+        while self.folder is not None:
+            for rank in set(range(self.world)) - set(reports):
+                file = self._file(rank)
+                assert file is not None
+                if within(_WRITE_SECONDS, file.exists):
+                    found = within(_WRITE_SECONDS, lambda file=file: read(file))  # type: ignore[misc]
+                    if found is not None:
+                        reports[rank] = found
+            if len(reports) >= count or time.monotonic() >= end:
+                return
+            time.sleep(0.1)
+
+    def _take_stacks(self) -> str:
+        """What faulthandler writes, in the rank, whatever it is doing; a stopped process must go on for that."""
+        before = os.fstat(self.stacks).st_size
+        try:
+            os.kill(self.parent, STACKS_SIGNAL)
+            os.kill(self.parent, signal.SIGCONT)
+        except ProcessLookupError:
+            return ""
+        size, end = before, time.monotonic() + _STACKS_SECONDS
+        while time.monotonic() < end:
+            time.sleep(0.05)
+            now = os.fstat(self.stacks).st_size
+            if now > before and now == size:
+                break
+            size = now
+        return os.pread(self.stacks, size - before, before).decode(errors="replace")
+
+    # The end.
+
+    def end(self) -> None:
+        """End the rank: by the thread in it, with the exit code that says why; by SIGKILL if that does not come."""
+        with contextlib.suppress(OSError):
+            os.write(self.pipe, str(self.folder or "").encode() + b"\n")
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.parent, signal.SIGCONT)
+            time.sleep(_END_SECONDS)  # its end is ours
+            os.kill(self.parent, signal.SIGKILL)
+        time.sleep(_END_SECONDS)
+        os._exit(HUNG)
+
+
+def within(seconds: float, action: Callable[[], Any]) -> Any:
+    """What ``action`` returns; None where that is an error of the system, or does not come in time: a file system that
+    does not answer may be why a rank hangs."""
+    results: list[Any] = []
+
+    def act() -> None:
+        with contextlib.suppress(OSError, ValueError):
+            results.append(action())
+
+    thread = threading.Thread(target=act, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return results[0] if results else None
+
+
+def about_process(pid: int) -> dict[str, Any]:
+    """State of a process, and its threads in words, those alike as one, as /proc says them."""
+    threads, state = Counter[str](), "Z"
+    for task in sorted(Path(f"/proc/{pid}/task").glob("*"), key=lambda path: int(path.name)):
+        with contextlib.suppress(OSError):
+            head, _, rest = (task / "stat").read_text(errors="replace").rpartition(") ")
+            letter, name = rest.split()[0], head.partition("(")[2]
+            state = letter if int(task.name) == pid else state
+            threads[f"{name}: {hang_report.STATES.get(letter, letter)}, {_kernel_function(task)}"] += 1
+    return {"state": state, "threads": [f"{count} {thread}" for thread, count in threads.items()]}
+
+
+def _kernel_function(task: Path) -> str:
+    with contextlib.suppress(OSError):
+        return (task / "wchan").read_text().strip() or "-"
+    return "-"
+
+
+def _claims(hangs: Path) -> list[str]:
+    return [path.name for path in hangs.glob(".*") if path.name[1:].isdigit()] if hangs.is_dir() else []
+
+
+def _write(path: Path, text: str) -> bool:
+    """Whole or not at all."""
+    beside = path.with_name(f".{path.name}.tmp")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+    return True
+
+
+def _say(text: str) -> None:
+    """On the rank's standard error, if somebody reads it: no more than a pipe takes at once."""
+    ready = select.poll()
+    ready.register(2, select.POLLOUT)
+    if ready.poll(2000):
+        with contextlib.suppress(OSError):
+            os.write(2, text.encode()[:4096])
+
+
+def main() -> None:
+    arguments = json.loads(sys.argv[1])
+    # Signals that are meant for a whole job reach this process too: it ends with its rank, and not before.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    Guard(**arguments).run()

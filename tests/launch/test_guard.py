@@ -1,0 +1,415 @@
+"""The guard of a rank, beside ranks that do nothing but hang in some way; nothing here imports torch."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from faults import Member, alive, members, state, until, until_gone
+
+from farspan.launch import hang_report
+from farspan.launch.exit_codes import HUNG
+from farspan.launch.local import run_ranks
+
+HANG = 0.8  # seconds
+PATIENCE = 30.0  # of these tests, with a machine that has other things to do
+
+PRELUDE = """
+import ctypes, os, pathlib, signal, subprocess, sys, threading, time
+from farspan.launch.guard import Guard
+from farspan.pretrain import heartbeat
+rank, world, run_dir = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), sys.argv[1]
+guard = Guard(rank, world)
+guard.configure(run_dir=run_dir, hang_seconds={hang}, timeout_seconds={timeout})
+alive = heartbeat.current()
+def live(seconds=1e6):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        alive.beat()
+        time.sleep(0.02)
+def hang():
+    time.sleep(1e6)
+def hold_the_gil():
+    c, mutex = ctypes.PyDLL(None), ctypes.create_string_buffer(64)
+    c.pthread_mutex_lock(mutex)
+    c.pthread_mutex_lock(mutex)
+def mark(name):
+    pathlib.Path(run_dir, f"{{name}}-{{rank}}").touch()
+"""
+
+
+def program(script: str, *, hang: float = HANG, timeout: float = 60.0) -> list[str]:
+    return [sys.executable, "-c", PRELUDE.format(hang=hang, timeout=timeout) + textwrap.dedent(script)]
+
+
+class Rank:
+    """One rank without a launcher, its output caught as a launcher would."""
+
+    def __init__(self, folder: Path, script: str, *, rank: int = 0, world: int = 1, **limits: float) -> None:
+        environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(world)}
+        environment.pop("FARSPAN_FAILURE_FILE", None)
+        self.folder = folder
+        self.process = subprocess.Popen(
+            [*program(script, **limits), str(folder)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            process_group=0,
+        )
+
+    def marked(self, name: str) -> None:
+        until(lambda: list(self.folder.glob(f"{name}-*")), PATIENCE)
+
+    def member(self) -> Member:
+        """It, with its guard."""
+        until(lambda: any(m.guard for m in members(self.process.pid).values()), PATIENCE)
+        (found,) = members(self.process.pid).values()
+        return found
+
+    def end(self, seconds: float = PATIENCE) -> tuple[int, str]:
+        """Its exit code, and what was written to its standard error until nobody held that open."""
+        _, error = self.process.communicate(timeout=seconds)
+        return self.process.returncode, error
+
+
+@pytest.fixture
+def start(tmp_path):
+    started: list[Rank] = []
+
+    def call(script: str, **options: Any) -> Rank:
+        started.append(Rank(tmp_path, script, **options))
+        return started[-1]
+
+    yield call
+    for rank in started:
+        if rank.process.poll() is None:
+            os.killpg(rank.process.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            rank.process.communicate(timeout=10.0)
+
+
+def only_hang(folder: Path) -> Path:
+    (found,) = [path for path in (folder / "hangs").iterdir() if not path.name.startswith(".")]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\dZ", found.name)
+    return found
+
+
+def report(folder: Path, rank: int = 0) -> tuple[str, hang_report.Report]:
+    text = (only_hang(folder) / f"rank-{rank:05d}.txt").read_text()
+    return text, hang_report.from_text(text)
+
+
+HANGS = {
+    "sleeps": ("def in_a_trap():\n    time.sleep(1e6)\n", HUNG, "in in_a_trap", "asleep"),
+    "loops": ("def in_a_trap():\n    while True: pass\n", HUNG, "in in_a_trap", "running"),
+    "holds the GIL": ("in_a_trap = hold_the_gil\n", -9, "in hold_the_gil", "asleep"),
+    "stops": (
+        "def in_a_trap():\n    os.kill(os.getpid(), signal.SIGSTOP)\n    hang()\n",
+        HUNG,
+        "in in_a_trap",
+        "stopped",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", HANGS)
+def test_a_rank_that_hangs_is_reported_and_ended(start, tmp_path, how):
+    trap, code, where, state_said = HANGS[how]
+    rank = start(trap + "with alive.phase('training'):\n    alive.beat(17)\n    in_a_trap()\n")
+    guard = rank.member().guard
+    began = time.monotonic()
+    ended, error = rank.end()
+    assert ended == code
+    assert time.monotonic() - began < HANG + 12.0  # SIGKILL comes 5 s after the question
+    until_gone([guard], 5.0)
+    text, data = report(tmp_path)
+    assert where in text and "line " in text and "17 steps done" in text
+    assert (data["rank"], data["pid"], data["record"]["phase"]) == (0, rank.process.pid, "training")
+    assert HANG <= data["silent_seconds"] < HANG + 3.0
+    summary = (only_hang(tmp_path) / "summary.txt").read_text()
+    assert summary.startswith(f"the run hangs at rank 0 of 1 ({os.uname().nodename}, pid {rank.process.pid}): ")
+    assert state_said in summary
+    assert f"farspan: {summary.splitlines()[0]}\n" in error
+    assert f"{only_hang(tmp_path)}/summary.txt" in error
+
+
+def test_all_threads_are_in_the_report(start, tmp_path):
+    rank = start("""
+        def in_a_thread():
+            time.sleep(1e6)
+        threading.Thread(target=in_a_thread, daemon=True).start()
+        with alive.phase("training"):
+            hang()
+    """)
+    assert rank.end()[0] == HUNG
+    text, data = report(tmp_path)
+    assert "in in_a_thread" in text and "in hang" in text
+    assert "in hang" in data["top"]  # the main thread's
+
+
+def test_signs_of_life_and_a_stop_within_the_limit(start, tmp_path):
+    """Ten times the limit, and in the middle it stands still for a part of it."""
+    rank = start("""
+        mark("lives")
+        with alive.phase("training"):
+            live(10 * 0.8)
+    """)
+    rank.marked("lives")
+    time.sleep(1.0)
+    with rank.member().stopped():
+        time.sleep(HANG / 2)
+    assert rank.end() == (0, "")
+    assert not (tmp_path / "hangs").exists()
+
+
+@pytest.mark.parametrize(("phase", "code"), [("saving", 0), ("starting", 0), ("evaluating", HUNG)])
+def test_each_phase_has_its_limit(start, tmp_path, phase, code):
+    rank = start(f"with alive.phase({phase!r}):\n    time.sleep(3.0)\n")
+    assert rank.end()[0] == code
+
+
+def test_a_start_that_takes_too_long_is_a_hang(start, tmp_path):
+    assert start("time.sleep(60)", hang=0.5, timeout=1.5).end()[0] == HUNG
+    assert report(tmp_path)[1]["limit_seconds"] == 1.5
+
+
+def test_time_in_which_all_stand_still_is_nobodys_silence(start, tmp_path):
+    """A job that is suspended: the guard too is stopped."""
+    rank = start("""
+        mark("lives")
+        with alive.phase("training"):
+            live(2.0)
+    """)
+    rank.marked("lives")
+    both = rank.member()
+    for pid in (both.pid, both.guard):
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(3 * HANG)
+    os.kill(both.guard, signal.SIGCONT)
+    time.sleep(0.1)
+    both.go_on()
+    assert rank.end() == (0, "")
+    assert not (tmp_path / "hangs").exists()
+
+
+def test_without_a_limit_there_is_no_guard(start, tmp_path):
+    rank = start("mark('here')\nalive.beat()\ntime.sleep(1.5)\n", hang=0.0)
+    rank.marked("here")
+    assert [member.guard for member in members(rank.process.pid).values()] in ([], [None])
+    assert rank.end() == (0, "")
+
+
+# What a guard must not do.
+
+
+def test_it_does_not_outlive_its_rank(start):
+    rank = start("mark('here')\nhang()\n")
+    rank.marked("here")
+    member = rank.member()
+    os.kill(member.guard, signal.SIGSTOP)  # not even so
+    member.kill()
+    began = time.monotonic()
+    assert rank.end()[0] == -9  # whoever waits for the end of the output is not kept waiting
+    assert time.monotonic() - began < 5.0
+    until_gone([member.guard], 5.0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_for_the_whole_job_do_not_end_it(start, tmp_path, number):
+    rank = start(f"signal.signal({int(number)}, signal.SIG_IGN)\nmark('here')\nwith alive.phase('training'): hang()")
+    rank.marked("here")
+    member = rank.member()
+    until(lambda: state(member.guard) == "S", PATIENCE)
+    time.sleep(0.2)
+    os.killpg(rank.process.pid, number)
+    os.kill(member.guard, number)  # as from a launcher that signals every process of a job
+    assert rank.end()[0] == HUNG
+    assert only_hang(tmp_path)
+
+
+def test_its_end_is_said_and_the_rank_goes_on(start):
+    rank = start("mark('here')\nlive(1.0)\nprint('goes on')")
+    rank.marked("here")
+    os.kill(rank.member().guard, signal.SIGKILL)
+    output, error = rank.process.communicate(timeout=PATIENCE)
+    assert (rank.process.returncode, output) == (0, "goes on\n")
+    assert error == "farspan: the guard of this rank has ended: nobody notices if it hangs\n"
+
+
+def test_it_is_small(start):
+    rank = start("mark('here')\nhang()")
+    rank.marked("here")
+    guard = rank.member().guard
+    until(lambda: state(guard) == "S", PATIENCE)
+    time.sleep(0.3)
+    own = sum(map(int, re.findall(r"^Private_\w+: +(\d+) kB", Path(f"/proc/{guard}/smaps_rollup").read_text(), re.M)))
+    assert 1000 < own < 16_000
+    open_files = {os.readlink(path) for path in Path(f"/proc/{guard}/fd").iterdir()}  # noqa: PTH115
+    error = os.readlink(f"/proc/{rank.process.pid}/fd/2")  # noqa: PTH115
+    output = os.readlink(f"/proc/{rank.process.pid}/fd/1")  # noqa: PTH115
+    assert error in open_files and output not in open_files
+
+
+@pytest.mark.parametrize("what", ["a file", "a pipe"])
+def test_where_nothing_can_be_written_the_rank_is_ended_all_the_same(start, tmp_path, what):
+    """A folder that cannot be made; and one in which a write waits for ever."""
+    if what == "a file":
+        (tmp_path / "hangs").write_text("in the way")
+    else:
+        (tmp_path / "hangs").mkdir()
+        (tmp_path / "hangs/.1").symlink_to("here")
+        (tmp_path / "hangs/here").mkdir()
+        os.mkfifo(tmp_path / "hangs/here/.rank-00000.txt.tmp")
+        for name in ("summary.txt",):
+            os.mkfifo(tmp_path / f"hangs/here/.{name}.tmp")
+    script = "with alive.phase('training'): hang()"
+    if what == "a pipe":  # the claim is seen once the guard knows of it, as that of another rank
+        script = f"import shutil\n{script}"
+    rank = start(script)
+    ended, error = rank.end(60.0)
+    assert ended == HUNG
+    assert "the run hangs at rank 0 of 1" in error
+
+
+# Several ranks.
+
+TOGETHER = """
+def waits_with(rank, number):
+    slot, name = alive.group("7", "world", list(range(world))), alive.name("all_reduce float32")
+    for n in range(1, number + 1):
+        alive.begun(slot, n, name, 64)
+        if n < number:
+            alive.ended(slot, n)
+    alive.waits(slot, number, name, 64)
+    hang()
+"""
+
+
+@pytest.mark.parametrize("stopped", [0, 2])
+def test_of_several_ranks_the_stopped_one_is_named(tmp_path, capfd, stopped):
+    """Also where it waits in the same collective as the others; and they all report, end, and are told apart."""
+    script = (
+        TOGETHER
+        + f"""
+with alive.phase("training"):
+    mark("here")
+    if rank == {stopped}:
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGSTOP)).start()
+    waits_with(rank, 5)
+"""
+    )
+    began = time.monotonic()
+    assert run_ranks([str(tmp_path)], 3, command=program(script), grace_seconds=20.0) == HUNG
+    assert time.monotonic() - began < PATIENCE
+    reports = [report(tmp_path, rank)[1] for rank in range(3)]
+    assert [r["process"]["state"] == "T" for r in reports] == [rank == stopped for rank in range(3)]
+    assert "in waits_with" in report(tmp_path, stopped)[0]
+    summary = (only_hang(tmp_path) / "summary.txt").read_text()
+    named = re.findall(r"^the run hangs at rank (\d)", summary, re.M)
+    assert named == [str(stopped)]
+    error = capfd.readouterr().err
+    assert f"farspan: the run hangs at rank {stopped} of 3" in error
+    assert f"farspan: the run hung, its guards ended it (exit code {HUNG}): {only_hang(tmp_path)}/summary.txt" in error
+    assert "memory" not in error
+    assert not any(alive(r["pid"]) for r in reports)
+
+
+def test_the_rank_that_did_not_come_is_named(tmp_path, capfd):
+    """It holds the GIL, so that it is killed: to the launcher it is a hang all the same."""
+    script = (
+        TOGETHER
+        + """
+def elsewhere():
+    hold_the_gil()
+with alive.phase("training"):
+    alive.group("7", "world", list(range(world)))
+    if rank == 1:
+        elsewhere()
+    waits_with(rank, 5)
+"""
+    )
+    assert run_ranks([str(tmp_path)], 3, command=program(script), grace_seconds=20.0) == HUNG
+    summary = (only_hang(tmp_path) / "summary.txt").read_text()
+    first, *_, last = summary.splitlines()
+    assert first.startswith("the run hangs at rank 1 of 3") and "outside of any collective" in first
+    assert "in elsewhere" in first
+    assert last.startswith("rank 2 of 3") and last.endswith("; waits for rank 1")
+    assert "memory" not in capfd.readouterr().err
+
+
+def test_a_second_hang_of_a_run_has_a_folder_of_its_own(tmp_path):
+    script = "with alive.phase('training'): hang()"
+    for count in (1, 2):
+        assert run_ranks([str(tmp_path)], 2, command=program(script)) == HUNG
+        folders = [path for path in (tmp_path / "hangs").iterdir() if not path.name.startswith(".")]
+        assert len(folders) == count
+        assert all(
+            {p.name for p in f.iterdir()} == {"rank-00000.txt", "rank-00001.txt", "summary.txt"} for f in folders
+        )
+        time.sleep(1.0)
+
+
+# The finding, without processes.
+
+
+def made(rank: int, *, waits: tuple[str, int] | None = None, begun: dict[str, int] | None = None, **said: Any) -> Any:
+    groups = {"all": [0, 1, 2, 3], "0>1": [0, 1], "low": [0, 1], "high": [2, 3]}
+    counts = {**(begun or {}), **({waits[0]: waits[1]} if waits else {})}
+    record = {
+        "phase": "training",
+        "step": said.get("step", 7),
+        "groups": {
+            k: {"key": k, "name": "g", "ranks": groups[k], "begun": n, "ended": n - 1} for k, n in counts.items()
+        },
+        "last": None,
+    }
+    if waits:
+        last = {
+            "group": waits[0],
+            "number": waits[1],
+            "name": "all_reduce",
+            "elements": 4,
+            "waiting": True,
+            "seconds": 1,
+        }
+        record["last"] = last
+    process = {"state": said.get("state", "S"), "threads": []}
+    return {"rank": rank, "world": 4, "host": "n", "pid": rank, "process": process, "record": record, "top": None,
+            "silent_seconds": 1.0}  # fmt: skip
+
+
+def found(*reports: Any) -> list[int]:
+    return sorted(hang_report.culprits({r["rank"]: r for r in reports}, 4))
+
+
+def test_who_is_named() -> None:
+    wait_all = [made(rank, waits=("all", 9)) for rank in range(4)]
+    assert found(*wait_all) == [0, 1, 2, 3]  # all have come: nobody of them is late
+    assert found(*wait_all[:3], made(3, begun={"all": 8})) == [3]
+    assert found(*wait_all[:3]) == [3]  # no report
+    assert found(*wait_all[:3], made(3, waits=("all", 9), state="T")) == [3]
+    assert found(*wait_all[:2], made(2, begun={"all": 8}), made(3, waits=("all", 9), state="T")) == [3]
+    assert found(*wait_all[:3], made(3, waits=("all", 9), state="D")) == [3]
+    # 0 and 1 wait for 2, which waits for 3, which has not come to the others: the one that all depend on.
+    low = [made(rank, waits=("all", 9), begun={"low": 4}) for rank in (0, 1)]
+    chain = [made(2, waits=("high", 5), begun={"all": 8}), made(3, begun={"all": 8, "high": 4})]
+    assert found(*low, *chain) == [3]
+    # A message that was not sent.
+    assert found(made(0, begun={"all": 8}), made(1, waits=("0>1", 3), begun={"all": 8}), *wait_all[2:]) == [0]
+    # In two collectives at once: they wait for each other.
+    assert found(*low, *[made(r, waits=("high", 5), begun={"all": 8}) for r in (2, 3)]) == [2, 3]
+
+
+def test_many_ranks_are_said_in_short() -> None:
+    assert hang_report.describe_ranks([0, 1, 2, 3, 8, 10]) == "0-3, 8, 10"
+    assert hang_report.describe_ranks(range(0, 80, 2)).endswith("30 and 24 more")
