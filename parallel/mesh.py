@@ -28,7 +28,7 @@ class SoloGroup:
 
 
 def even_share(count: int, index: int, parts: int) -> range:
-    """The ``index``-th of ``parts`` stretches of ``count`` things: where they do not divide the first are one longer."""
+    """Stretch ``index`` of ``parts`` of ``count`` things: where they do not divide, the first are one longer."""
     size, longer = divmod(count, parts)
     first = index * size + min(index, longer)
     return range(first, first + size + (index < longer))

@@ -113,7 +113,7 @@ class Batch:
 
         counts = real.sum(1)
         starts = (counts.cumsum(0) - counts).clamp(max=length - 1)  # a row without tokens may come last
-        tokens = {f: join(getattr(self, f)) for f in ("input_ids", "positions", "token_type_ids")}
+        tokens: dict[str, Any] = {f: join(getattr(self, f)) for f in ("input_ids", "positions", "token_type_ids")}
         if self.label_positions is None:
             tokens |= {f: join(getattr(self, f)) for f in ("labels", "label_weights")}
         else:

@@ -93,7 +93,7 @@ class TrainingConfig(Section):
 
     steps: int = Field(1000, gt=0, description="optimizer steps of the whole run")
     global_batch_size: int = Field(32, gt=0, description="rows an optimizer step sees, over all ranks")
-    micro_batch_size: int = Field(8, gt=0, description="rows that go through a rank at once")
+    micro_batch_size: int = Field(8, gt=0, description="the most rows that go through a rank at once")
     seed: int = Field(1234, ge=0, lt=2**63, description="of initial values, order, masks and dropout")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="of weights and activations; masters and accumulated gradients are float32"

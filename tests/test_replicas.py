@@ -53,7 +53,7 @@ def assert_the_same(trainer, layout: dict, kind: dict, steps: int = 6) -> None:
 
 
 def assert_near(run, single) -> None:
-    """After few steps: Adam divides by the size of a gradient, and makes much of the rounding of one that is nearly 0."""
+    """After few steps: Adam divides by a gradient's size, and makes much of the rounding of one that is nearly 0."""
     weights = single.weights()
     found = {name: difference(tensor, weights[name]) for name, tensor in run.weights().items()}
     assert found.keys() == weights.keys() and max(found.values()) <= 10 * RELATIVE, found
@@ -66,6 +66,7 @@ def test_three_replicas(trainer, name):
 
 
 PIPELINE = {"parallel.pipeline": 2}
+INTERLEAVED = PIPELINE | {"parallel.virtual_stages": 2}
 
 
 @pytest.mark.parametrize(
@@ -75,9 +76,9 @@ PIPELINE = {"parallel.pipeline": 2}
         (PIPELINE, DROPOUT | PAIRS | {"training.global_batch_size": 7}),
         (PIPELINE, DROPOUT | PADDED | {"training.global_batch_size": 7}),
         # of 3: 4 microbatches, as the schedule needs, of 2, 2, 2 and 1
-        (PIPELINE | {"parallel.virtual_stages": 2, "training.micro_batch_size": 3}, DROPOUT | {"training.global_batch_size": 7}),
+        (INTERLEAVED | {"training.micro_batch_size": 3}, DROPOUT | {"training.global_batch_size": 7}),
         (PIPELINE | {"parallel.data": 3}, DROPOUT | PAIRS),
-        (PIPELINE | {"parallel.data": 3, "parallel.virtual_stages": 2} | ONE, DROPOUT | PADDED),
+        (INTERLEAVED | {"parallel.data": 3} | ONE, DROPOUT | PADDED),
     ],
     ids=["pairs", "padded", "interleaved", "three replicas", "interleaved, three replicas, a row at a time"],
 )  # fmt: skip
@@ -145,4 +146,4 @@ def test_what_is_said_of_each_row_comes_together_in_order(ranks, prepared, tmp_p
 def test_fewer_rows_than_replicas_are_refused(ranks, prepared, tmp_path):
     values = settings(prepared, tmp_path, 1, {"parallel.data": 3, "training.global_batch_size": 2})
     (line, *_) = ranks.run(train_here, values, count=3)
-    assert line.endswith("training.global_batch_size 2 leaves some of 3 data ranks without a row: set at least 3, or parallel.data to fewer")  # fmt: skip
+    assert "training.global_batch_size 2 leaves some of 3 data ranks without a row: set at least 3, or" in line

@@ -1,0 +1,115 @@
+"""torchrun on two nodes with a network of their own: the link goes and comes back, a node goes and comes back."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from comparison import RELATIVE, assert_identical
+from netns import Network, why_not
+from node_runs import NodeRun, is_clean
+from runs import Trainer
+
+from farspan.benchmarks.layouts import worst
+
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(600)]
+if reason := why_not():
+    pytestmark.append(pytest.mark.skip(reason=reason))
+
+LIMIT = 8  # seconds without an answer after which a collective fails
+EVERY = 10  # steps between checkpoints
+RUN = {
+    "model.hidden_dropout_prob": 0.1,
+    "training.global_batch_size": 7,  # so that two replicas do not have as many rows
+    "training.timeout_seconds": LIMIT,
+    "optimizer.lr": 1e-4,
+    "checkpoint.interval": EVERY,
+    "checkpoint.keep_last": 0,
+    "kernels.mode": "reference",  # compiling takes longer than the limit
+    "logging.interval": EVERY,
+}
+# Of torchrun's rendezvous, in seconds: quicker than its defaults to see that a node is gone.
+OPTIONS = {"join_timeout": 100, "last_call_timeout": 4, "read_timeout": 6, "keep_alive_interval": 1}
+
+
+@pytest.fixture
+def network():
+    with Network() as network:
+        yield network
+
+
+@pytest.fixture
+def undisturbed(ranks, prepared, tmp_path):
+    """The same run with nothing in its way, on two ranks of this machine."""
+    return lambda steps: Trainer(ranks, prepared, tmp_path / "undisturbed")(steps, RUN | {"parallel.data": 2})
+
+
+@pytest.fixture
+def nodes_run(prepared, tmp_path):
+    return lambda steps: NodeRun(prepared, tmp_path / "nodes", steps, RUN)
+
+
+def start(run: NodeRun, network: Network, node: int, nodes: str = "2") -> None:
+    options = [f"--rendezvous-option={key}={value}" for key, value in OPTIONS.items()]
+    place = ["--nodes", nodes, "--node-rank", str(node), "--rendezvous", "n1:29500", "--ranks-per-node", "1"]
+    run.start(network.nodes[node], "launch", "torchrun", *place, *options)
+
+
+@pytest.mark.parametrize("how", ["down", "silent"])
+def test_the_link_is_cut_for_longer_than_the_limit(network, nodes_run, undisturbed, how):
+    run = nodes_run(100)
+    start(run, network, 0)
+    start(run, network, 1)
+    run.wait_for(lambda: run.saved(2 * EVERY), "training")
+    network.cut(how)
+    time.sleep(1)
+    stood = run.step
+    time.sleep(LIMIT + 3)
+    assert run.step == stood, "nothing goes on without the other replica"
+    network.mend()
+    assert run.wait() == {"n1": 0, "n2": 0}, run.said()
+    assert run.starts()[0] == (2, 1) and len(run.starts()) >= 2
+    assert {(data, (step - 1) % EVERY) for data, step in run.starts()} == {(2, 0)}, "each from a checkpoint"
+    assert all(2 * EVERY < step <= stood + 1 for _, step in run.starts()[1:])
+    assert is_clean(network)
+    whole = undisturbed(100)
+    assert run.steps() == whole.steps()
+    assert_identical(run.weights(), whole.weights())
+
+
+def test_the_link_is_cut_for_less(network, nodes_run, undisturbed):
+    run = nodes_run(60)
+    start(run, network, 0)
+    start(run, network, 1)
+    run.wait_for(lambda: run.step > EVERY, "training")
+    network.cut("silent")
+    time.sleep(LIMIT / 3)
+    network.mend()
+    assert run.wait() == {"n1": 0, "n2": 0}, run.said()
+    assert run.starts() == [(2, 1)], "nothing was started again"
+    whole = undisturbed(60)
+    assert run.steps() == whole.steps()
+    assert_identical(run.weights(), whole.weights())
+
+
+def test_a_node_is_lost_and_comes_back(network, nodes_run, undisturbed):
+    """The run goes on with half of the replicas, and with all of them when the node is there again."""
+    steps = 400
+    run = nodes_run(steps)
+    start(run, network, 0, "1:2")
+    start(run, network, 1, "1:2")
+    run.wait_for(lambda: run.saved(EVERY), "training")
+    assert run.starts() == [(2, 1)]
+    network.cut("silent")
+    network.nodes[1].kill()
+    run.wait_for(lambda: run.starts()[-1][0] == 1, "going on alone")
+    alone_from = run.starts()[-1][1]
+    run.wait_for(lambda: run.step > alone_from + EVERY, "training alone")
+    network.mend()
+    start(run, network, 1, "1:2")
+    run.wait_for(lambda: run.starts()[-1][0] == 2, "training together again")
+    assert run.wait() == {"n1": 0, "n2": 0}, run.said()
+    again_from = run.starts()[-1][1]
+    assert again_from > alone_from + EVERY and (again_from - 1) % EVERY != 0, "saved when the node came back"
+    whole = undisturbed(steps)
+    assert max(worst(run.steps(), whole.steps())) <= RELATIVE
