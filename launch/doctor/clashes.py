@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import importlib
 import re
 from collections.abc import Callable
 from importlib import metadata
@@ -83,7 +84,7 @@ def _transformer_engine() -> str | None:
     if version_of("transformer-engine-torch") is None and version_of("transformer-engine") is None:
         return None
     try:
-        import transformer_engine.pytorch  # noqa: F401
+        importlib.import_module("transformer_engine.pytorch")
     except (ImportError, OSError) as error:
         return f"transformer-engine is installed and cannot be imported ({' '.join(str(error).split())[:200]})"
     return None
