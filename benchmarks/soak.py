@@ -4,8 +4,8 @@ A tiny run of two replicas is started by `farspan launch torchrun` on a disk of 
 happens to it: a rank is killed, stopped for good, the agent or the launcher is killed, the disk is full, a shard of the
 data is cut or has other tokens, the newest checkpoint is damaged, a second job is started on the same folder.  Where a
 fault needs a human (a damaged shard, the launcher that was killed) the human is a loop here that mends it and gives the
-same command again.  At the end every step must be there once, with the loss and gradient norm of an undisturbed run, and
-the last checkpoint must have its weights and optimizer, bit for bit.
+same command again.  At the end every step must be there once, with the loss and gradient norm of an undisturbed run,
+and the last checkpoint must have its weights and optimizer, bit for bit.
 
     python benchmarks/soak.py [--faults 200] [--seed 1] [--only KIND …] [--out benchmarks/soak]
 
@@ -21,6 +21,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -38,7 +39,7 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != RO
 sys.path.append(str(ROOT / "tests/support"))
 
 from faults import Member, alive, members  # noqa: E402
-from runs import prepare_text, settings  # noqa: E402
+from runs import MODEL, prepare_text, settings  # noqa: E402
 
 from farspan.benchmarks.about import about, bullets  # noqa: E402
 from farspan.launch.exit_codes import DONE, IO_ERROR, USER_ERROR  # noqa: E402
@@ -51,13 +52,15 @@ PACKAGES = ("torch", "megatron-core", "deepspeed")
 HANG_SECONDS = 3.0
 INTERVAL = 10  # steps between saves
 BETWEEN = 60  # at most so many steps between two faults
+BESIDE = {"second-job": 500, "full-disk": 50}  # about so many more are made beside some
 DISK_BYTES = 48 * 2**20
 PATIENCE_SECONDS = 240.0  # for the run to make a step again
 TINY = {
-    "model.num_hidden_layers": 2,
+    "model": MODEL | {"hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 130},
     "model.hidden_dropout_prob": 0.1,
     "model.attention_probs_dropout_prob": 0.1,
-    "training.global_batch_size": 4,
+    "data.sequence_length": 128,
+    "training.global_batch_size": 8,
     "parallel.data": 2,
     "parallel.zero_stage": 1,
     "checkpoint.interval": INTERVAL,
@@ -98,7 +101,7 @@ class Job:
 
     def start(self) -> None:
         """What a human does: give the command (again)."""
-        words = ["launch", "torchrun", "--ranks-per-node", "2", "--max-restarts", "3", str(self.write("run", self.run_dir))]
+        words = ["launch", "torchrun", "--ranks-per-node", "2", str(self.write("run", self.run_dir))]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen([*COMMAND, *words], env=environment(), stdout=log, stderr=log)
         self.starts += 1
@@ -188,7 +191,7 @@ def launcher_killed(job: Job, rng: random.Random) -> None:
 def disk_full(job: Job, rng: random.Random) -> None:
     """Until a save has failed, or the run has ended for it."""
     filler = job.run_dir.parent / "filler"
-    failed, before = failed_saves(job), job.step()
+    failed = failed_saves(job)
     try:
         with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
             for size in (2**20, 2**12, 1):
@@ -197,11 +200,9 @@ def disk_full(job: Job, rng: random.Random) -> None:
                         pass
         end = time.monotonic() + 20
         while failed_saves(job) == failed and job.code is None and time.monotonic() < end:
-            # What is reported of the run waits for room, its steps are not to be seen.
-            time.sleep(0.05)
+            time.sleep(0.05)  # its steps are not to be seen: what is reported of them waits for room
     finally:
         filler.unlink(missing_ok=True)
-    del before
 
 
 def failed_saves(job: Job) -> int:
@@ -301,7 +302,8 @@ def soak(place: Path, count: int, only: list[str], seed: int) -> dict[str, Any]:
     """Run it all; the figures.  ``Failed`` where something is not as it must be."""
     rng = random.Random(seed)
     chosen = kinds_of(count, only, rng)
-    job = Job(place, steps=len(chosen) * BETWEEN // 2 + 10 * INTERVAL + 2 * BETWEEN)
+    beside = sum(BESIDE.get(name, 0) for name in chosen)
+    job = Job(place, steps=(len(chosen) + 4) * BETWEEN * 2 // 3 + beside)
     prepare_text(place)
     began = time.monotonic()
     undisturbed = place / "undisturbed"
@@ -311,8 +313,8 @@ def soak(place: Path, count: int, only: list[str], seed: int) -> dict[str, Any]:
     told: dict[str, Told] = collections.defaultdict(Told)
     job.start()
     for number, name in enumerate(chosen, 1):
-        about, starts = told[name], job.starts
-        target = min(max(job.step(), reached(job)) + rng.randint(1, BETWEEN), job.steps - 2 * INTERVAL)
+        about, starts, begun = told[name], job.starts, len(beginnings(job))
+        target = min(job.step() + rng.randint(1, BETWEEN), job.steps - 2 * INTERVAL)
         job.until(lambda: job.goes_on(target - 1), f"before fault {number} ({name})")  # noqa: B023
         job.until(lambda: len(job.ranks()) == 2, "two ranks")
         time.sleep(rng.uniform(0, 0.1))
@@ -321,7 +323,7 @@ def soak(place: Path, count: int, only: list[str], seed: int) -> dict[str, Any]:
         job.until(lambda: job.goes_on(before), f"after fault {number} ({name})")  # noqa: B023
         about.faults += 1
         about.seconds += time.monotonic() - since
-        about.steps_again += before - resumed_at(job, before)
+        about.steps_again += max((before - step for step in beginnings(job)[begun:]), default=0)
         about.by_hand += job.starts - starts
         print(f"  {number} of {len(chosen)}: {name} at step {before}, {time.monotonic() - since:.1f} s", flush=True)
     ended = (DONE, IO_ERROR)
@@ -337,21 +339,13 @@ def soak(place: Path, count: int, only: list[str], seed: int) -> dict[str, Any]:
             "kinds": {name: dataclasses.asdict(told[name]) for name in KINDS if name in told}}  # fmt: skip
 
 
-def reached(job: Job) -> int:
-    return job.step()
-
-
-def resumed_at(job: Job, before: int) -> int:
-    """The step of the checkpoint that the run was resumed from after ``before``; that itself where it was not."""
-    with contextlib.suppress(OSError):
-        words = job.log.read_text(errors="replace").rsplit("steps ", 1)[-1].split()
-        if len(words) > 1 and words[1] == "to" and int(words[0]) <= before:
-            return int(words[0]) - 1
-    return before
+def beginnings(job: Job) -> list[int]:
+    """The step before that with which each start of the ranks began, so far."""
+    return [int(step) - 1 for step in re.findall(r": steps (\d+) to ", job.log.read_text(errors="replace"))]
 
 
 def compare(undisturbed: Path, job: Job) -> None:
-    """Every step once, and all of the last checkpoint, bit for bit; nothing left behind."""
+    """Every step once, and all of the last checkpoint, bit for bit; no process and no file left behind."""
     ours, theirs = (steps_of(folder) for folder in (job.run_dir, undisturbed))
     if [step for step, *_ in ours] != list(range(1, job.steps + 1)):
         raise Failed("metrics.jsonl does not have every step once")
@@ -367,6 +361,7 @@ def compare(undisturbed: Path, job: Job) -> None:
                 raise Failed(f"{kind} of {name} is not the undisturbed run's")
     left = [path.name for path in (job.run_dir / "checkpoints").glob(".step-*")]
     left += [path.name for path in job.run_dir.glob("*lease*")]
+    left += subprocess.run(["pgrep", "-f", "-a", str(job.place)], capture_output=True, text=True).stdout.splitlines()
     if left:
         raise Failed(f"left behind: {', '.join(left)}")
 
@@ -398,19 +393,19 @@ def page(results: dict[str, Any], machine: dict[str, str]) -> str:
         [
             "# A soak: faults over one run",
             "",
-            f"{results['faults']} faults, one after another at random moments, over one run of {results['steps']} steps "
-            "(two replicas, ZeRO 1, gloo,",
-            f"`farspan launch torchrun`, a checkpoint every {INTERVAL} steps, saved asynchronously). It finished. Every "
-            "step is in metrics.jsonl",
-            "once, with the loss and gradient norm of an undisturbed run; the last checkpoint has its weights and",
-            "optimizer state: all of it bit for bit. Nothing was left behind, no process and no file.",
+            f"{results['faults']} faults, one after another at random moments, over one run of "
+            f"{results['steps']} steps",
+            f"(two replicas, ZeRO 1, gloo, `farspan launch torchrun`, a checkpoint every {INTERVAL} steps, saved",
+            "asynchronously). It finished. Every step is in metrics.jsonl once, with the loss and gradient norm of an",
+            "undisturbed run; the last checkpoint has its weights and optimizer state: all of it bit for bit. Nothing",
+            "was left behind, no process and no file.",
             f"`python benchmarks/soak.py --faults {results['faults']} --seed {results['seed']}`",
             "",
             *bullets(machine),
             "",
-            "Seconds and steps are means of a fault: until a step was made that had not been made before, and steps that",
-            "were made a second time. By hand: how often the command had to be given again (a loop did it): after damaged",
-            "data, which only a human can mend, and where the launcher itself was killed.",
+            "Seconds and steps are means of a fault: until a step was made that had not been made before, and steps",
+            "that were made a second time. By hand: how often the command had to be given again (a loop did it): after",
+            "damaged data, which only a human can mend, and where the launcher itself was killed.",
             "",
             "| fault | how often | seconds | steps again | by hand |",
             "|---|---|---|---|---|",
@@ -432,7 +427,7 @@ def main() -> int:
     args = parser.parse_args()
     machine = about(*PACKAGES)
     with tempfile.TemporaryDirectory(prefix="farspan-soak-") as folder, small_disk(Path(folder)):
-        place, job = Path(folder), None
+        place = Path(folder)
         try:
             results = soak(place, args.faults, args.only, args.seed)
         except Failed as failed:
@@ -441,7 +436,6 @@ def main() -> int:
             return 1
         finally:
             subprocess.run(["pkill", "-9", "-f", str(place)], check=False)
-        del job
     print(page(results, machine))
     if args.out is not None:
         args.out.with_suffix(".json").write_text(json.dumps({**results, "about": machine}, indent=2) + "\n")

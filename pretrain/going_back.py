@@ -14,16 +14,15 @@ from pathlib import Path
 import torch
 
 from ..parallel.mesh import Mesh
-from ..parallel.roll_call import RollCall
 from . import checkpoint as ckpt
 from .config import Config
 from .files import explain
 from .metrics import MetricsWriter
 from .resume import Start, checkpoints_folder, newest_whole
 from .rollbacks import RECORDS, Rollback, add, is_undone, table
+from .rounds import Rounds
 from .saving import Saving
 from .skips import Skip, skipping
-from .stop import StopRequests
 from .watch import Watch
 
 
@@ -48,11 +47,10 @@ class GoingBack:
         watch: Watch,
         saving: Saving,
         writer: MetricsWriter,
-        roll_call: RollCall,
-        stop: StopRequests,
+        rounds: Rounds,
     ) -> None:
         self.config, self.mesh, self.start, self.past, self.watch = config, mesh, start, past, watch
-        self.saving, self.writer, self.roll_call, self.stop = saving, writer, roll_call, stop
+        self.saving, self.writer, self.rounds = saving, writer, rounds
         if past:
             writer.rollbacks(len(past), table(past))
 
@@ -97,9 +95,7 @@ class GoingBack:
             self._cannot(done, reason, f"it cannot be recorded ({problem})")
             return
         self.writer.message(self._words(rollback))
-        asked_by = self.stop.agreed(self.roll_call.answer())
-        self.roll_call.ask(self.stop.code)
-        raise WentBack(self.stop.agreed(self.roll_call.answer()) or asked_by)
+        raise WentBack(self.rounds.asked_by())
 
     def _target(self, first: int) -> int | None:
         """The step of the checkpoint to go back to, 0 for initial values, None where there is nothing: the newest from

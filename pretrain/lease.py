@@ -69,9 +69,7 @@ class Lease:
                     seen, began = holder, time.monotonic()
                 alive = holder.runs_here()
                 if alive or holder.renewed != seen.renewed:
-                    raise InUse(
-                        f"{folder} is in use by {holder.describe()}: wait for its end, or set another run_dir"
-                    )
+                    raise InUse(f"{folder} is in use by {holder.describe()}: wait for its end, or set another run_dir")
                 os.utime(mine)
                 old = mine.stat().st_mtime - holder.renewed > stale_seconds
                 if alive is False or old or time.monotonic() - began > stale_seconds:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from ..parallel.ledger import Ledger
 from ..parallel.mesh import Mesh
-from ..parallel.roll_call import RollCall
 from . import heartbeat, run
 from .config import Config
 from .evaluation import Evaluation
@@ -21,9 +20,8 @@ from .metrics import MetricsWriter, SpikeMetrics, StepMetrics
 from .objectives import Objective
 from .resume import Start, describe_layout, find_start, layout_of
 from .rollbacks import Rollback, read_everywhere, with_skips
+from .rounds import Rounds
 from .saving import Saving
-from .stop import StopRequests
-from .stragglers import stragglers_of
 from .watch import largest
 
 
@@ -87,10 +85,9 @@ def _train(
     )
     confirm = None if lease is None else lease.confirm
     saving = Saving(config, mesh, engine, watch, writer, confirm, rollbacks=len(rollbacks))
-    roll_call, asked_by = RollCall(mesh), None
-    alive, stragglers = heartbeat.current(), stragglers_of(config, mesh)
-    with writer, loader, StopRequests(config.checkpoint.margin_seconds) as stop, alive.phase("training"):
-        going_back = GoingBack(config, mesh, start, rollbacks, watch, saving, writer, roll_call, stop)
+    alive, asked_by = heartbeat.current(), None
+    with writer, loader, Rounds(config, mesh, lease, writer) as rounds, alive.phase("training"):
+        going_back = GoingBack(config, mesh, start, rollbacks, watch, saving, writer, rounds)
         for damage in start.passed_over:
             writer.message(f"not taken: {damage}")
         writer.message(_greeting(config, mesh, start))
@@ -147,20 +144,13 @@ def _train(
                     metrics["validation_loss"] = evaluation(engine, writer, done)
             saving.poll()
             if done < last:
-                said = roll_call.answer()
-                asked_by = stop.agreed(said)
-                if said is not None and stragglers is not None:
-                    writer.health(stragglers.see(done - 1, [seconds for _, seconds in said]))
-                roll_call.ask(stop.code, busy)
-            if lease is not None:
-                lease.check()
+                asked_by = rounds.after(done, busy)
             if asked_by is not None or saving.due(done, last):
                 with alive.phase("saving"):
                     saving.save(done, metrics)
             if asked_by is not None:
                 writer.message(f"asked to stop ({asked_by}): saving after step {done}; the same command goes on")
                 break
-        roll_call.answer()
         with alive.phase("saving"):
             saving.finish()
     return asked_by
