@@ -74,6 +74,8 @@ class Guard:
             self._read_settings()
             if self.silent >= self.limit:
                 return
+            if self.silent >= self.hang_seconds and about_process(self.parent)["state"] in hang_report.STOPPED:
+                return  # in any phase
             if self.silent >= min(self.limit, self.hang_seconds) / 2 and self._others_claim():
                 return
 

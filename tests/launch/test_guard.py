@@ -178,6 +178,15 @@ def test_each_phase_has_its_limit(start, tmp_path, phase, code):
     assert rank.end()[0] == code
 
 
+def test_a_stopped_rank_gets_no_longer_time_to_save(start, tmp_path):
+    rank = start("mark('saves')\nwith alive.phase('saving'):\n    hang()")
+    rank.marked("saves")
+    rank.member().stop()
+    assert rank.end()[0] == HUNG
+    assert report(tmp_path)[1]["record"]["phase"] == "saving"
+    assert "stopped" in (only_hang(tmp_path) / "summary.txt").read_text()
+
+
 def test_a_start_that_takes_too_long_is_a_hang(start, tmp_path):
     assert start("time.sleep(60)", hang=0.5, timeout=1.5).end()[0] == HUNG
     assert report(tmp_path)[1]["limit_seconds"] == 1.5
