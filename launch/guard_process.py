@@ -31,7 +31,7 @@ FOLDER = "hangs"
 PATIENCE_SECONDS = 10.0  # for the reports of other ranks
 _LIMIT_SECONDS = 1800.0  # until the configuration has been read
 _POLL_SECONDS = 1.0
-_WRITE_SECONDS = 20.0  # that a file system gets
+_WRITE_SECONDS = 10.0  # that a file system gets
 _STACKS_SECONDS = 3.0
 _END_SECONDS = 5.0  # that a rank gets to end by itself
 
@@ -74,6 +74,8 @@ class Guard:
             self._read_settings()
             if self.silent >= self.limit:
                 return
+            if self.silent >= self.hang_seconds and about_process(self.parent)["state"] in hang_report.STOPPED:
+                return  # in any phase
             if self.silent >= min(self.limit, self.hang_seconds) / 2 and self._others_claim():
                 return
 
@@ -159,8 +161,8 @@ class Guard:
         }
         reports[self.rank] = mine
         file = self._file(self.rank)
-        if file is not None:
-            within(_WRITE_SECONDS, lambda: _write(file, hang_report.to_text(mine)))
+        if file is not None and not within(_WRITE_SECONDS, lambda: _write(file, hang_report.to_text(mine))):
+            self.folder = None
         self._collect(reports, self.world, end)
         self._conclude(reports, mine)
 
@@ -168,11 +170,14 @@ class Guard:
         text, found = hang_report.summary(reports, self.world), hang_report.culprits(reports, self.world)
         folder = self.folder
         first = self.rank == min(reports)
-        if first and folder is not None and within(_WRITE_SECONDS, lambda: _write(folder / "summary.txt", text)):
+        if folder is None:  # all that is left is to say it
+            text += f"nothing can be written to {self.hangs}; the main thread's stack:\n"
+            text += hang_report.main_thread(mine["stacks"])
+        elif first and within(_WRITE_SECONDS, lambda: _write(folder / "summary.txt", text)):
             text = text.split("\n\n")[0] + f"\nstacks and last collectives of all ranks: {folder}/summary.txt\n"
-        elif self.rank in found:
-            text = f"{hang_report.who(mine)} holds up the others, {found[self.rank]}\n"
-        if first or self.rank in found:
+        elif not first:
+            text = f"{hang_report.who(mine)} holds up the others, {found.get(self.rank)}\n"
+        if first or folder is None or self.rank in found:
             _say(f"farspan: {text}" if self.rank == 0 else f"farspan: [rank {self.rank}] {text}")
         if note := os.environ.get(FAILURE_FILE):
             within(1.0, lambda: Path(note + HUNG_SUFFIX).write_text(str(folder or "")))

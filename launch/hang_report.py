@@ -96,10 +96,15 @@ def describe_last(record: Mapping[str, Any]) -> str:
     )
 
 
-def top_of(stacks: str) -> str | None:
-    """Where the main thread stands, of what faulthandler wrote, and where in this package; it says that thread last."""
+def main_thread(stacks: str) -> str:
+    """Its frames, of what faulthandler wrote: it says that thread last."""
     threads = re.findall(r"^(?:Current thread|Thread) .*\n((?:  File .*\n?)*)", stacks, flags=re.M)
-    frames = [line.strip() for line in threads[-1].splitlines()] if threads else []
+    return str(threads[-1]) if threads else ""
+
+
+def top_of(stacks: str) -> str | None:
+    """Where the main thread stands, and where in this package."""
+    frames = [line.strip() for line in main_thread(stacks).splitlines()]
     ours = [frame for frame in frames if f'"{_PACKAGE}/' in frame]
     return ", called from ".join(dict.fromkeys([*frames[:1], *ours[:1]])) or None
 

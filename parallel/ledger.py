@@ -107,10 +107,10 @@ class Ledger:
         before: list[tuple[type, str, Any]] = []
 
         def wrap(owner: type, method: str, wrapper: Callable[[Any, str], Any]) -> None:
-            original = getattr(owner, method, None)
-            if original is not None:
-                before.append((owner, method, original))
-                setattr(owner, method, wrapper(original, method))
+            if method in vars(owner):
+                # Not what getattr gives: put back, that would be a function that gets no self.
+                before.append((owner, method, vars(owner)[method]))
+                setattr(owner, method, wrapper(getattr(owner, method), method))
 
         try:
             for method in _COLLECTIVES:
