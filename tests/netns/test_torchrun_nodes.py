@@ -11,6 +11,7 @@ from node_runs import NodeRun, is_clean
 from runs import Trainer
 
 from farspan.benchmarks.layouts import worst
+from farspan.launch.local import COMMAND
 
 pytestmark = [pytest.mark.alone, pytest.mark.timeout(600)]
 if reason := why_not():
@@ -52,7 +53,7 @@ def nodes_run(prepared, tmp_path):
 def start(run: NodeRun, network: Network, node: int, nodes: str = "2") -> None:
     options = [f"--rendezvous-option={key}={value}" for key, value in OPTIONS.items()]
     place = ["--nodes", nodes, "--node-rank", str(node), "--rendezvous", "n1:29500", "--ranks-per-node", "1"]
-    run.start(network.nodes[node], "launch", "torchrun", *place, *options)
+    run.start(network.nodes[node], [*COMMAND, "launch", "torchrun", *place, *options, str(run.config)])
 
 
 @pytest.mark.parametrize("how", ["down", "silent"])

@@ -1,0 +1,66 @@
+"""DeepSpeed's launcher with a hostfile on two nodes with a network of their own: the link goes and comes back."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import pytest
+from comparison import assert_identical
+from netns import Network, why_not
+from node_runs import NodeRun
+from runs import Trainer
+
+from farspan.launch.local import COMMAND
+
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(600)]
+if reason := why_not("sshd", "ssh", "ssh-keygen", "pdsh"):
+    pytestmark.append(pytest.mark.skip(reason=reason))
+
+LIMIT = 8  # seconds without an answer after which a collective fails
+EVERY = 10  # steps between checkpoints
+RUN = {
+    "model.hidden_dropout_prob": 0.1,
+    "training.global_batch_size": 7,
+    "training.timeout_seconds": LIMIT,
+    "checkpoint.interval": EVERY,
+    "kernels.mode": "reference",
+    "logging.interval": EVERY,
+}
+STEPS = 60
+
+
+@pytest.fixture
+def network():
+    with Network(ssh=True) as network:
+        yield network
+
+
+def start(run: NodeRun, network: Network) -> None:
+    """On the first node, from a folder that has the hostfile and what belongs in the environment of all ranks."""
+    folder = run.config.parent
+    (folder / "hosts").write_text("".join(f"{node.name} slots=1\n" for node in network.nodes))
+    (folder / ".deepspeed_env").write_text("OMP_NUM_THREADS=1\nDS_ACCELERATOR=cpu\n")
+    words = [sys.executable, "-P", "-m", "deepspeed.launcher.runner", "--hostfile", str(folder / "hosts")]
+    words += ["--launcher", "pdsh", "--master_addr", "n1", "--no_python", "--no_local_rank"]
+    run.start(network.nodes[0], [*words, *COMMAND, "train", str(run.config)], DS_ACCELERATOR="cpu")
+
+
+def test_the_link_is_cut_for_longer_than_the_limit(network, ranks, prepared, tmp_path, monkeypatch):
+    run = NodeRun(prepared, tmp_path / "nodes", STEPS, RUN)
+    monkeypatch.chdir(run.config.parent)  # where DeepSpeed looks for .deepspeed_env
+    start(run, network)
+    run.wait_for(lambda: run.saved(2 * EVERY), "training")
+    network.cut("silent")
+    time.sleep(1)
+    stood = run.step
+    time.sleep(LIMIT + 3)
+    assert run.step == stood, "nothing goes on without the other replica"
+    network.mend()
+    assert run.wait() == {"n1": 1}
+    start(run, network)
+    assert run.wait() == {"n1": 0}, run.said()
+    assert run.starts()[0] == (2, 1) and len(run.starts()) == 2
+    whole = Trainer(ranks, prepared, tmp_path / "undisturbed")(STEPS, RUN | {"parallel.data": 2})
+    assert run.steps() == whole.steps()
+    assert_identical(run.weights(), whole.weights())
