@@ -16,7 +16,7 @@ from runs import Run, settings
 
 from farspan.pretrain.metrics import read_metrics
 
-SLOW = 120.0  # seconds in which anything that works has happened on a busy machine
+SLOW = 240.0  # seconds in which anything that works has happened on a busy machine
 
 
 class NodeRun(Run):
