@@ -11,21 +11,23 @@ from node_runs import NodeRun, is_clean
 from runs import Trainer
 
 from farspan.benchmarks.layouts import worst
+from farspan.launch.local import COMMAND
 
-pytestmark = [pytest.mark.alone, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(900)]
 if reason := why_not():
     pytestmark.append(pytest.mark.skip(reason=reason))
 
-LIMIT = 8  # seconds without an answer after which a collective fails
+LIMIT = 8  # seconds without an answer after which a rank's guard ends it
 EVERY = 10  # steps between checkpoints
 RUN = {
     "model.hidden_dropout_prob": 0.1,
     "training.global_batch_size": 7,  # so that two replicas do not have as many rows
-    "training.timeout_seconds": LIMIT,
+    "health.hang_seconds": LIMIT,
+    "training.timeout_seconds": 60,
     "optimizer.lr": 1e-4,
     "checkpoint.interval": EVERY,
     "checkpoint.keep_last": 0,
-    "kernels.mode": "reference",  # compiling takes longer than the limit
+    "kernels.mode": "reference",
     "logging.interval": EVERY,
 }
 # Of torchrun's rendezvous, in seconds: quicker than its defaults to see that a node is gone.
@@ -52,7 +54,7 @@ def nodes_run(prepared, tmp_path):
 def start(run: NodeRun, network: Network, node: int, nodes: str = "2") -> None:
     options = [f"--rendezvous-option={key}={value}" for key, value in OPTIONS.items()]
     place = ["--nodes", nodes, "--node-rank", str(node), "--rendezvous", "n1:29500", "--ranks-per-node", "1"]
-    run.start(network.nodes[node], "launch", "torchrun", *place, *options)
+    run.start(network.nodes[node], [*COMMAND, "launch", "torchrun", *place, *options, str(run.config)])
 
 
 @pytest.mark.parametrize("how", ["down", "silent"])
@@ -71,6 +73,7 @@ def test_the_link_is_cut_for_longer_than_the_limit(network, nodes_run, undisturb
     assert run.starts()[0] == (2, 1) and len(run.starts()) >= 2
     assert {(data, (step - 1) % EVERY) for data, step in run.starts()} == {(2, 0)}, "each from a checkpoint"
     assert all(2 * EVERY < step <= stood + 1 for _, step in run.starts()[1:])
+    assert list((run.folder / "hangs").iterdir()), "what hung was reported"
     assert is_clean(network)
     whole = undisturbed(100)
     assert run.steps() == whole.steps()

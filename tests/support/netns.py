@@ -6,6 +6,8 @@ that can be cut (ip-netns(8), veth(4), iptables(8)).  Needs root; nothing outsid
         process = n1.start(["farspan", ...], log, environment)
         network.cut()
         network.mend()
+
+With ``ssh`` each node answers ssh from the other and from itself, with keys that exist for this network alone.
 """
 
 from __future__ import annotations
@@ -24,7 +26,21 @@ from pathlib import Path
 from typing import Literal
 
 TOOLS = ("ip", "iptables", "unshare", "hostname", "sh")
-_RESOLVER = Path("/etc/netns")  # what `ip netns exec` mounts over /etc
+_ETC = Path("/etc/netns")  # what `ip netns exec` mounts over /etc, by namespace
+_SSHD_ROOT = Path("/run/sshd")  # must be there for sshd (its privilege separation)
+_SSHD = """\
+HostKey /etc/ssh/host_key
+AuthorizedKeysFile /etc/ssh/id.pub
+StrictModes no
+PasswordAuthentication no
+PidFile none
+"""
+_SSH = """\
+IdentityFile /etc/ssh/id
+IdentitiesOnly yes
+GlobalKnownHostsFile /etc/ssh/known_hosts
+UserKnownHostsFile /dev/null
+"""
 
 
 @functools.cache
@@ -81,8 +97,9 @@ class Node:
 class Network:
     """Two nodes, n1 and n2, and a link between them; they go, and all that runs on them, when the block ends."""
 
-    def __init__(self) -> None:
-        key = secrets.token_hex(3)
+    def __init__(self, *, ssh: bool = False) -> None:
+        key, self._ssh = secrets.token_hex(3), ssh
+        self._daemons: list[subprocess.Popen[bytes]] = []
         self.nodes = [Node(f"n{i}", f"farspan-{key}-{i}", f"fs{key}{i}", f"192.0.2.{i}") for i in (1, 2)]
 
     def __enter__(self) -> Network:
@@ -99,10 +116,12 @@ class Network:
     def _make(self) -> None:
         hosts = "127.0.0.1 localhost\n" + "".join(f"{node.address} {node.name}\n" for node in self.nodes)
         for node in self.nodes:
-            folder = _RESOLVER / node.namespace
+            folder = _ETC / node.namespace
             folder.mkdir(parents=True)
             (folder / "hosts").write_text(hosts)
             _run("ip", "netns", "add", node.namespace)
+        if self._ssh:
+            self._make_keys()
         one, two = self.nodes
         veth = ["ip", "link", "add", one.interface, "netns", one.namespace, "type", "veth"]
         _run(*veth, "peer", "name", two.interface, "netns", two.namespace)
@@ -111,6 +130,25 @@ class Network:
             _run(*inside, "address", "add", f"{node.address}/24", "dev", node.interface)
             for interface in ("lo", node.interface):
                 _run(*inside, "link", "set", interface, "up")
+        if self._ssh:
+            _SSHD_ROOT.mkdir(exist_ok=True)
+            for node in self.nodes:
+                self._daemons.append(node.start([str(shutil.which("sshd")), "-D"], Path(os.devnull), os.environ))
+            for node in self.nodes:
+                _run(*node.command(["ssh", "-o", "ConnectionAttempts=20", node.name, "true"]))
+
+    def _make_keys(self) -> None:
+        """/etc/ssh of both nodes: the same keys for all."""
+        one, two = (_ETC / node.namespace / "ssh" for node in self.nodes)
+        one.mkdir()
+        for name in ("host_key", "id"):
+            _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(one / name))
+        (one / "known_hosts").write_text(
+            f"{','.join(node.name for node in self.nodes)} {(one / 'host_key.pub').read_text()}"
+        )
+        (one / "sshd_config").write_text(_SSHD)
+        (one / "ssh_config").write_text(_SSH)
+        shutil.copytree(one, two)
 
     def cut(self, how: Literal["down", "silent"] = "down") -> None:
         """From now on nothing arrives.  ``down``: the second node sees that its interface is down, the first that the
@@ -132,9 +170,11 @@ class Network:
             with contextlib.suppress(subprocess.CalledProcessError):  # it was not made
                 node.kill()
                 _run("ip", "netns", "delete", node.namespace)  # its interfaces go with it
-            shutil.rmtree(_RESOLVER / node.namespace, ignore_errors=True)
+            shutil.rmtree(_ETC / node.namespace, ignore_errors=True)
+        for daemon in self._daemons:
+            daemon.wait(30)
         with contextlib.suppress(OSError):  # others have theirs there
-            _RESOLVER.rmdir()
+            _ETC.rmdir()
 
 
 def _run(*words: str) -> str:

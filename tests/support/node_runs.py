@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,9 @@ import yaml
 from netns import Network, Node
 from runs import Run, settings
 
-from farspan.launch.local import COMMAND
 from farspan.pretrain.metrics import read_metrics
 
-SLOW = 120.0  # seconds in which anything that works has happened on a busy machine
+SLOW = 240.0  # seconds in which anything that works has happened on a busy machine
 
 
 class NodeRun(Run):
@@ -33,11 +33,11 @@ class NodeRun(Run):
     def log(self, node: Node) -> Path:
         return self.config.with_name(f"{node.name}.log")
 
-    def start(self, node: Node, *words: str, **env: str) -> None:
-        """``farspan`` there, with these words and the configuration."""
+    def start(self, node: Node, words: Sequence[str], **env: str) -> None:
+        """What starts the run there, with this in its environment."""
         inherited = {key: value for key, value in os.environ.items() if not key.startswith(("MASTER_", "SLURM_"))}
         inherited |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | env
-        self.processes[node] = node.start([*COMMAND, *words, str(self.config)], self.log(node), inherited)
+        self.processes[node] = node.start(words, self.log(node), inherited)
 
     @property
     def step(self) -> int:
