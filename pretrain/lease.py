@@ -27,6 +27,10 @@ RENEW_SECONDS = 5.0
 STALE_SECONDS = 60.0  # not renewed for so long: whoever held it is gone
 
 
+class InUse(ValueError):
+    """Another process holds the run."""
+
+
 class LeaseLost(ValueError):
     """Another process has taken the run over."""
 
@@ -46,7 +50,7 @@ class Lease:
         """The lease of a folder that exists.  One that was not renewed for ``stale_seconds`` is taken over, at once
         where its process ran on this host and is gone.
 
-        ValueError in one line where another process holds it: one that runs on this host, or was seen to renew it.
+        ``InUse`` in one line where another process holds it: one that runs on this host, or was seen to renew it.
         """
         path, token = folder / LEASE, uuid.uuid4().hex
         mine = folder / f".{LEASE}.{token}"
@@ -65,7 +69,7 @@ class Lease:
                     seen, began = holder, time.monotonic()
                 alive = holder.runs_here()
                 if alive or holder.renewed != seen.renewed:
-                    raise ValueError(
+                    raise InUse(
                         f"{folder} is in use by {holder.describe()}: wait for its end, or set another run_dir"
                     )
                 os.utime(mine)
@@ -222,7 +226,7 @@ def _put_aside(path: Path, holder: _Holder, aside: Path) -> None:
 def leased(folder: Path, mesh: Mesh) -> Iterator[Lease | None]:
     """The run folder, held by the first rank for all; collective.  Yields the lease there, None on the others.
 
-    ValueError on every rank where another run holds it; OSError where nothing can be written there.  A folder that
+    ``InUse`` on every rank where another run holds it; OSError where nothing can be written there.  A folder that
     is new goes again where the block fails and has left nothing in it.
     """
     with contextlib.ExitStack() as stack:
@@ -240,5 +244,5 @@ def leased(folder: Path, mesh: Mesh) -> Iterator[Lease | None]:
         if refused is not None:
             raise refused
         if said is not None:
-            raise ValueError(problem or said)
+            raise InUse(problem or said)
         yield lease
