@@ -37,7 +37,7 @@ class Ending:
 
 def note(code: int, error: BaseException | None = None, environ: Mapping[str, str] = os.environ) -> None:
     """Leave word of how this rank ends; never an error."""
-    folder, rank = environ.get(ENDINGS), environ.get("RANK", "0")
+    folder, rank = environ.get(ENDINGS), environ.get("RANK") or environ.get("SLURM_PROCID", "0")
     if not folder or not rank.isdigit():
         return
     ending = Ending(int(rank), code, time.time(), type(error).__name__ if error else "", str(error or "")[:1000])
