@@ -28,6 +28,10 @@ free_port() { # below those that connections take for themselves
   done
 }
 
+daemon() { # whoever waits for the end of this script's output does not wait for its
+  "$@" </dev/null >>"$base/log/started" 2>&1
+}
+
 start() {
   [[ $(id -u) == 0 ]] || unavailable "it needs root"
   if ! command -v slurmctld slurmd munged sbatch >/dev/null; then
@@ -46,8 +50,8 @@ start() {
   head -c 128 /dev/urandom >"$base/munge/key"
   chmod 600 "$base/munge/key"
   chmod 755 "$base" "$base/munge"
-  munged --force --key-file="$base/munge/key" --socket="$base/munge/socket" --pid-file="$base/munge/pid" \
-    --log-file="$base/munge/log" --seed-file="$base/munge/seed" 2>>"$base/log/munged"
+  daemon munged --force --key-file="$base/munge/key" --socket="$base/munge/socket" --pid-file="$base/munge/pid" \
+    --log-file="$base/munge/log" --seed-file="$base/munge/seed"
 
   : >"$base/cgroup.conf"
   cat >"$SLURM_CONF" <<CONF
@@ -75,15 +79,15 @@ SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=1,sched_interval=2,bf_interval=2
 JobRequeue=1
 KillWait=10
-SlurmdTimeout=10
+SlurmdTimeout=20
 ReturnToService=2
 TCPTimeout=5
 NodeName=${names[0]} NodeHostname=$host NodeAddr=127.0.0.1 Port=$(free_port) CPUs=$(nproc)
 NodeName=${names[1]} NodeHostname=$host NodeAddr=127.0.0.1 Port=$(free_port) CPUs=$(nproc)
 PartitionName=main Nodes=$(IFS=,; echo "${names[*]}") Default=YES MaxTime=INFINITE State=UP
 CONF
-  slurmctld -f "$SLURM_CONF"
-  for name in "${names[@]}"; do slurmd -f "$SLURM_CONF" -N "$name"; done
+  daemon slurmctld -f "$SLURM_CONF"
+  for name in "${names[@]}"; do daemon slurmd -f "$SLURM_CONF" -N "$name"; done
   for _ in $(seq 60); do
     [[ $(sinfo -h -t idle -o %D 2>/dev/null) == "${#names[@]}" ]] && { echo "SLURM_CONF=$SLURM_CONF"; return; }
     sleep 0.5
@@ -132,6 +136,6 @@ stop() {
 case $command in
 start) start ;;
 kill) end "$base/${names[node - 1]}.pid" KILL ;;
-revive) slurmd -f "$SLURM_CONF" -N "${names[node - 1]}" ;;
+revive) daemon slurmd -f "$SLURM_CONF" -N "${names[node - 1]}" ;;
 stop) stop ;;
 esac
