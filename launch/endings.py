@@ -1,8 +1,8 @@
 """How each rank ended, in its own words.
 
 A launcher's exit code tells little: srun gives the highest of all, so that an error of one rank hides behind the
-signals that end the others, torchrun's agent gives 1.  Where ``ENDINGS`` names a folder, ``farspan train`` leaves a note
-there when it ends by itself with another code than 0.
+signals that end the others, torchrun's agent gives 1.  Where ``ENDINGS`` names a folder, ``farspan train`` leaves a
+note there when it ends by itself with another code than 0.
 """
 
 from __future__ import annotations

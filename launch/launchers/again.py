@@ -46,7 +46,7 @@ def add_policy(parser: argparse.ArgumentParser) -> None:
         "--again",
         choices=WAYS,
         default="requeue",
-        help="how a job that was stopped goes on: requeue (the same job, default), chain (a job that depends on it), no",
+        help="how a stopped job goes on: requeue (the same job, default), chain (a job that depends on it), no",
     )
     parser.add_argument(
         "--until-done", action="store_true", help="start again after failures too, until all steps are done"

@@ -87,9 +87,7 @@ def compare(path: Path) -> str | None:
             os.listdir(path.parent)  # noqa: PTH208 - asks the file system again
         time.sleep(0.2)
     if not path.exists():
-        return (
-            f"{path}, written on the job's first node, cannot be seen here: set run_dir to a folder that all nodes share"
-        )
+        return f"{path}, written on the job's first node, cannot be seen here: set run_dir to a folder that all nodes share"
     expected, mine = read_mapping(path, "a run's log folder"), versions()
     for name, theirs in expected["versions"].items():
         if mine.get(name) != theirs:
@@ -133,5 +131,7 @@ def unknown_address() -> str | None:
         if name is not None:
             socket.getaddrinfo(name, None)
     except OSError:
-        return f"the name {name} of the first node has no address here: set MASTER_ADDR to one that every node can reach"
+        return (
+            f"the name {name} of the first node has no address here: set MASTER_ADDR to one that every node can reach"
+        )
     return None

@@ -96,4 +96,3 @@ def stamp() -> str:
 
 def say(text: str) -> None:
     print(f"farspan: {text}", file=sys.stderr, flush=True)
-

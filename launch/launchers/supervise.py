@@ -42,9 +42,11 @@ class Launcher:
     name: str
     command: Callable[[int], Sequence[str]]  # of start number 0, 1, …
     env: Mapping[str, str] = dataclasses.field(default_factory=lambda: dict(os.environ))
-    ranks: Callable[[int], list[int]] = ranks_below  # process ids of the ranks of a launcher's process, where it has any
+    ranks: Callable[[int], list[int]] = ranks_below  # process ids of the ranks below a launcher's process
+    sees_ranks: bool = True  # they are among this node's processes
     # Tell ranks that are not among this node's processes; whether that was possible.
     tell: Callable[[int], bool] = lambda _: False
+    endings: Callable[[int], Path] | None = None  # folder of a start for ranks' last words; None: one of this node
     watch: Callable[[], None] = lambda: None  # called again and again while it runs
 
 
@@ -120,7 +122,9 @@ class _Supervisor:
                     fruitless, failures = 0, 0
                 fruitless += outcome.had_ranks
                 if fruitless > self._limits.fruitless:
-                    say(f"{fruitless} starts in a row ended without a new checkpoint (exit code {outcome.code}): given up")
+                    say(
+                        f"{fruitless} starts in a row ended without a new checkpoint (exit code {outcome.code}): given up"
+                    )
                     code = outcome.code if outcome.code not in (DONE, STOPPED) else FAULT
             self._record("end", start=start, step=now.step, code=outcome.code, asked=self._asked, gives_up=code)
             if code is not None:
@@ -152,7 +156,8 @@ class _Supervisor:
         mark = uuid.uuid4().hex
         with tempfile.TemporaryDirectory(prefix="farspan-launch-") as folder:
             env = dict(self._launcher.env) | {MARK: mark}
-            env.setdefault(ENDINGS, folder)
+            notes = Path(folder) if self._launcher.endings is None else self._launcher.endings(number)
+            env[ENDINGS] = str(notes)
             process = subprocess.Popen(
                 self._launcher.command(number),
                 env=env,
@@ -161,20 +166,23 @@ class _Supervisor:
                 preexec_fn=die_with(os.getpid(), signal.SIGTERM),
             )
             try:
-                had_ranks, last_words = self._watch(process, Path(env[ENDINGS]))
+                had_ranks, last_words = self._watch(process, notes)
             finally:
                 if process.poll() is None:
                     process.kill()
                 code = process.wait()
                 # What an agent that was killed leaves would go on with the run beside the next start.
                 kill_all(MARK, mark)
-            said = endings.read(Path(env[ENDINGS]))
-            return Outcome(code if code >= 0 else 128 - code, had_ranks or bool(said), last_words or endings.final(said))
+            self._launcher.watch()
+            said = endings.read(notes)
+            return Outcome(
+                code if code >= 0 else 128 - code, had_ranks or bool(said), last_words or endings.final(said)
+            )
 
     def _watch(self, process: subprocess.Popen[bytes], folder: Path) -> tuple[bool, Ending | None]:
         """Until the launcher has ended: whether it had ranks, and what makes starting again useless."""
         told: set[int] | None = None  # ranks that know that they are to stop
-        had_ranks, last_words, end_at = False, None, None
+        had_ranks, last_words, end_at = not self._launcher.sees_ranks, None, None
         while process.poll() is None:
             time.sleep(_POLL_SECONDS)
             self._launcher.watch()

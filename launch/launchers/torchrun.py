@@ -63,7 +63,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rendezvous", type=endpoint, metavar="HOST:PORT", help="where they meet: node 0, and a free port there"
     )
     parser.add_argument(
-        "--ranks-per-node", type=positive, metavar="N", help="ranks on each node (its GPUs; on a CPU the layout's share)"
+        "--ranks-per-node",
+        type=positive,
+        metavar="N",
+        help="ranks on each node (its GPUs; on a CPU the layout's share)",
     )
     parser.add_argument("--local-address", metavar="ADDRESS", help="of this node, by which the others reach it")
     parser.add_argument(

@@ -82,8 +82,8 @@ KillWait=10
 SlurmdTimeout=20
 ReturnToService=2
 TCPTimeout=5
-NodeName=${names[0]} NodeHostname=$host NodeAddr=127.0.0.1 Port=$(free_port) CPUs=$(nproc)
-NodeName=${names[1]} NodeHostname=$host NodeAddr=127.0.0.1 Port=$(free_port) CPUs=$(nproc)
+NodeName=${names[0]} NodeHostname=$host NodeAddr=127.0.0.1 Port=$(free_port) CPUs=$(nproc --all) RealMemory=1024
+NodeName=${names[1]} NodeHostname=$host NodeAddr=127.0.0.1 Port=$(free_port) CPUs=$(nproc --all) RealMemory=1024
 PartitionName=main Nodes=$(IFS=,; echo "${names[*]}") Default=YES MaxTime=INFINITE State=UP
 CONF
   daemon slurmctld -f "$SLURM_CONF"
