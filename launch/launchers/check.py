@@ -87,7 +87,7 @@ def compare(path: Path) -> str | None:
             os.listdir(path.parent)  # noqa: PTH208 - asks the file system again
         time.sleep(0.2)
     if not path.exists():
-        return f"{path}, written on the job's first node, cannot be seen here: set run_dir to a folder that all nodes share"
+        return f"{path} of the job's first node cannot be seen here: set run_dir to a folder that all nodes share"
     expected, mine = read_mapping(path, "a run's log folder"), versions()
     for name, theirs in expected["versions"].items():
         if mine.get(name) != theirs:

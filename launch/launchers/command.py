@@ -13,10 +13,11 @@ _RAW = argparse.RawDescriptionHelpFormatter
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     ways = parser.add_subparsers(title="ways", metavar="WAY", required=True)
 
-    def add(name: str, module: ModuleType, help: str | None) -> None:  # noqa: A002 - argparse's word
-        # What only scripts use is not listed.
-        said = {} if help is None else {"help": help}
-        one = ways.add_parser(name, description=module.DESCRIPTION, formatter_class=_RAW, **said)
+    def add(name: str, module: ModuleType, help: str | None) -> None:
+        if help is None:  # only scripts use it: not listed
+            one = ways.add_parser(name, description=module.DESCRIPTION, formatter_class=_RAW)
+        else:
+            one = ways.add_parser(name, description=module.DESCRIPTION, formatter_class=_RAW, help=help)
         module.add_arguments(one)
         one.set_defaults(run=module.run, parser=one)
 

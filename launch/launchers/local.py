@@ -10,7 +10,8 @@ from .supervise import Launcher, Limits, supervise
 
 DESCRIPTION = """\
 Start the ranks of a run on this machine, one for each GPU (on a CPU: as many as the layout needs), with a log of each
-in run_dir/logs.  What fails goes on from the newest checkpoint; SIGTERM and SIGUSR1 reach the ranks, which save and end.
+in run_dir/logs.  What fails goes on from the newest checkpoint; SIGTERM and SIGUSR1 reach the ranks, which save and
+end.
 """
 
 

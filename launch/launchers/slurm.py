@@ -202,11 +202,11 @@ def time_seconds(text: str) -> int | None:
     days, *rest = match.groups()
     parts = [int(part) for part in rest if part is not None]
     if days is not None:
-        hours, minutes, seconds = (parts + [0, 0])[:3]
+        hours, minutes, seconds = [*parts, 0, 0][:3]
     elif len(parts) == 3:
         hours, minutes, seconds = parts
     else:
-        hours, (minutes, seconds) = 0, (parts + [0])[:2]
+        hours, (minutes, seconds) = 0, [*parts, 0][:2]
     total = ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
     return total or None
 

@@ -1,8 +1,8 @@
 """Keeps a launcher going until the run's steps are done.
 
-The launcher (torchrun, deepspeed, ``farspan train --ranks N``) starts ranks; here it is started, signals are passed to the
-ranks so that they save, what it leaves is cleared away, and it is started again from the newest checkpoint as long as
-that makes sense.
+The launcher (torchrun, deepspeed, ``farspan train --ranks N``) starts ranks; here it is started, signals are passed to
+the ranks so that they save, what it leaves is cleared away, and it is started again from the newest checkpoint as long
+as that makes sense.
 """
 
 from __future__ import annotations
@@ -72,16 +72,16 @@ class Outcome:
 def supervise(
     launcher: Launcher,
     progress: Callable[[], Progress],
-    limits: Limits = Limits(),  # noqa: B008 - frozen
+    limits: Limits = Limits(),
     *,
     run_dir: Path | None = None,
 ) -> int:
     """Start the launcher until the steps are done; return an exit code (``exit_codes``).
 
     SIGTERM and SIGUSR1 are passed to the ranks, so that they save, and end it (STOPPED); SIGINT ends it.  It ends too
-    where a rank said what only the user can mend (USER_ERROR), and after ``limits.fruitless`` starts again in a row that
-    had ranks and brought no checkpoint.  What never had ranks, a rendezvous that does not come about, is tried again
-    without end.  ``run_dir``: where every start and end is recorded.
+    where a rank said what only the user can mend (USER_ERROR), and after ``limits.fruitless`` starts again in a row
+    that had ranks and brought no checkpoint.  What never had ranks, a rendezvous that does not come about, is tried
+    again without end.  ``run_dir``: where every start and end is recorded.
     """
     return _Supervisor(launcher, progress, limits, run_dir).run()
 
@@ -122,9 +122,7 @@ class _Supervisor:
                     fruitless, failures = 0, 0
                 fruitless += outcome.had_ranks
                 if fruitless > self._limits.fruitless:
-                    say(
-                        f"{fruitless} starts in a row ended without a new checkpoint (exit code {outcome.code}): given up"
-                    )
+                    say(f"{fruitless} starts in a row brought no new checkpoint (exit code {outcome.code}): given up")
                     code = outcome.code if outcome.code not in (DONE, STOPPED) else FAULT
             self._record("end", start=start, step=now.step, code=outcome.code, asked=self._asked, gives_up=code)
             if code is not None:
