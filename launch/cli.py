@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..version import __version__
-from . import exit_codes
+from . import endings, exit_codes, network
 from .environment import (
     FAILURE_FILE,
     RankEnvironment,
@@ -74,14 +74,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return args.run(args) or 0
     except KeyboardInterrupt:
         _say("interrupted")
+        endings.note(exit_codes.INTERRUPTED)
         return exit_codes.INTERRUPTED
     except Exception as error:
         if FAILURE_FILE in os.environ:
             Path(os.environ[FAILURE_FILE]).write_text(repr(time.time()))
-        if os.environ.get("FARSPAN_TRACEBACK", "0") not in ("", "0") or not _is_for_the_user(error):
+        code = exit_codes.FAULT
+        if _is_for_the_user(error):
+            code = exit_codes.of_system(error) if isinstance(error, OSError) else exit_codes.USER_ERROR
+        endings.note(code, error)
+        if os.environ.get("FARSPAN_TRACEBACK", "0") not in ("", "0") or code == exit_codes.FAULT:
             raise
         _say(_one_line(error))
-        return exit_codes.of_system(error) if isinstance(error, OSError) else exit_codes.USER_ERROR
+        return code
 
 
 def _prepare_imports() -> None:
@@ -109,6 +114,13 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
 
         add_arguments(prepare)
 
+    launch = commands.add_parser("launch", help="start a run: here, with torchrun, SLURM or DeepSpeed's launcher")
+    launch.set_defaults(parser=launch)
+    if command == "launch":
+        from .launchers.command import add_arguments as add_launch_arguments
+
+        add_launch_arguments(launch)
+
     train = commands.add_parser(
         "train", help="train a model, or continue a run", description=_TRAIN, formatter_class=raw
     )
@@ -116,6 +128,7 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
     train.add_argument("overrides", metavar="section.key=value", nargs="*", help="values that replace the file's")
     train.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     train.add_argument("--ranks", type=_positive, metavar="N", help="start N ranks on this machine")
+    train.add_argument("--logs", metavar="FOLDER", help="write what each of them says to a file of its own there")
     train.add_argument(
         "--resume",
         default="auto",
@@ -198,6 +211,9 @@ def _train(args: argparse.Namespace) -> int:
     if environment is not None and args.ranks is not None:
         raise ValueError("--ranks starts ranks on this machine, but a launcher already started them: leave it out")
     guard = None if environment is None or args.print_config else _start_guard(environment)
+    if environment is not None:
+        apply(environment)
+        network.prepare(environment)
     from ..pretrain.config_file import load_config
 
     config = load_config(args.config, args.overrides)
@@ -209,7 +225,7 @@ def _train(args: argparse.Namespace) -> int:
         ranks = args.ranks or _default_ranks(config)
         if idle := idle_slurm_nodes():
             _say(f"note: {idle} more nodes of this SLURM job stay idle; srun starts ranks on all of them")
-        if ranks > 1:
+        if ranks > 1 or args.logs is not None:
             return _start_ranks(config, ranks, args)
         from .local import free_port
 
@@ -262,7 +278,8 @@ def _start_ranks(config: Config, ranks: int, args: argparse.Namespace) -> int:
     options = ["--resume", args.resume]
     if args.stop_after is not None:
         options += ["--stop-after", str(args.stop_after)]
-    return run_ranks(["train", args.config, *args.overrides, *options], ranks)
+    logs = None if args.logs is None else Path(args.logs)
+    return run_ranks(["train", args.config, *args.overrides, *options], ranks, logs=logs)
 
 
 def _approximation(args: argparse.Namespace) -> None:

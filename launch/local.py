@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, BinaryIO
 
 from .environment import FAILURE_FILE, HUNG_SUFFIX, RankEnvironment, apply
 from .exit_codes import HUNG, IO_ERROR, STOPPED, USER_ERROR
@@ -36,6 +36,7 @@ def run_ranks(
     env: Mapping[str, str] | None = None,
     command: Sequence[str] = COMMAND,
     grace_seconds: float = 10.0,
+    logs: Path | None = None,
 ) -> int:
     """Run ``command`` with ``arguments`` as ``ranks`` processes; return the first exit code that is not 0, or 0.
 
@@ -44,7 +45,7 @@ def run_ranks(
     the last lines are kept, and shown once if one is the first to fail.  When a rank fails the rest get SIGTERM, and
     SIGKILL ``grace_seconds`` later.  SIGINT, SIGTERM and SIGUSR1 are passed on; a second SIGINT kills.  A rank that a
     signal ended counts as 128 + its number, as in a shell.  If this process itself is killed, so are the ranks
-    (Linux).
+    (Linux).  ``logs``: a folder for a file of each rank, with all that it says.
     """
     if ranks < 1:
         raise ValueError(f"the number of ranks must be at least 1, not {ranks}")
@@ -58,7 +59,9 @@ def run_ranks(
 
     previous = {number: signal.signal(number, remember) for number in _FORWARDED}
     notes = tempfile.TemporaryDirectory(prefix="farspan-ranks-")
-    group = _Group(grace_seconds, Path(notes.name))
+    if logs is not None:
+        logs.mkdir(parents=True, exist_ok=True)
+    group = _Group(grace_seconds, Path(notes.name), logs)
     try:
         for rank in range(ranks):
             rank_env = dict(base)
@@ -99,9 +102,10 @@ def free_port() -> int:
 class _Rank:
     """One process, and the last of what it wrote."""
 
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], copies: Sequence[BinaryIO]) -> None:
         self.process = process
         self.tail = b""
+        self.copies = copies  # files that get all of it
 
     def read(self) -> bool:
         """Take what is there without waiting; False at the end of the output."""
@@ -114,16 +118,21 @@ class _Rank:
             if not chunk:
                 return False
             self.tail = (self.tail + chunk)[-_TAIL_BYTES:]
+            for file in self.copies:
+                with contextlib.suppress(OSError):  # a full disk, a terminal that has gone
+                    file.write(chunk)
+                    file.flush()
         return True
 
 
 class _Group:
     """The ranks of one run, from the first start to the last end."""
 
-    def __init__(self, grace_seconds: float, notes: Path) -> None:
+    def __init__(self, grace_seconds: float, notes: Path, logs: Path | None) -> None:
         self._ranks: list[_Rank] = []
-        self._grace, self._notes = grace_seconds, notes
+        self._grace, self._notes, self._logs = grace_seconds, notes, logs
         self._selector = selectors.DefaultSelector()
+        self._files = contextlib.ExitStack()  # logs
         self._failures: dict[int, float] = {}  # rank -> when it was seen to have failed by itself
         self._culprit: int | None = None  # the rank that failed first
         self._hang: str | None = None  # guards ended the ranks: the folder of what they wrote
@@ -139,10 +148,13 @@ class _Group:
         # A group of its own, so that Ctrl-C in the terminal reaches a rank once, through us, and so that whatever a
         # rank started can be ended with it.  Only one thread runs here, which is what preexec_fn asks for.
         options: dict[str, Any] = {"env": env, "stdin": subprocess.DEVNULL, "process_group": 0}
-        if rank > 0:
+        copies: list[BinaryIO] = [sys.stdout.buffer] if rank == 0 else []
+        if self._logs is not None:
+            copies.append(self._files.enter_context((self._logs / f"rank-{rank:05d}.log").open("ab")))
+        if rank > 0 or self._logs is not None:
             env.setdefault("PYTHONUNBUFFERED", "1")
             options |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        started = _Rank(subprocess.Popen(command, preexec_fn=die_with(os.getpid()), **options))
+        started = _Rank(subprocess.Popen(command, preexec_fn=die_with(os.getpid()), **options), copies)
         if started.process.stdout is not None:
             os.set_blocking(started.process.stdout.fileno(), False)
             self._selector.register(started.process.stdout, selectors.EVENT_READ, started)
@@ -227,6 +239,7 @@ class _Group:
             if rank.process.stdout is not None:
                 rank.read()
                 rank.process.stdout.close()
+        self._files.close()
         self._selector.close()
         for note in self._notes.glob(f"*{HUNG_SUFFIX}"):
             self._hang = note.read_text() or self._hang or ""

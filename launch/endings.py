@@ -1,0 +1,63 @@
+"""How each rank ended, in its own words.
+
+A launcher's exit code tells little: srun gives the highest of all, so that an error of one rank hides behind the
+signals that end the others, torchrun's agent gives 1.  Where ``ENDINGS`` names a folder, ``farspan train`` leaves a
+note there when it ends by itself with another code than 0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from .exit_codes import USER_ERROR
+
+ENDINGS = "FARSPAN_ENDINGS"
+
+
+@dataclasses.dataclass(frozen=True)
+class Ending:
+    rank: int
+    code: int
+    time: float  # Unix seconds
+    kind: str = ""  # of the error
+    message: str = ""
+
+    @property
+    def is_final(self) -> bool:
+        """Whether starting again changes nothing.  A folder that another run holds may be free later: after the loss
+        of a node its ranks may live on for a while."""
+        return self.code == USER_ERROR and self.kind != "InUse"
+
+
+def note(code: int, error: BaseException | None = None, environ: Mapping[str, str] = os.environ) -> None:
+    """Leave word of how this rank ends; never an error."""
+    folder, rank = environ.get(ENDINGS), environ.get("RANK") or environ.get("SLURM_PROCID", "0")
+    if not folder or not rank.isdigit():
+        return
+    ending = Ending(int(rank), code, time.time(), type(error).__name__ if error else "", str(error or "")[:1000])
+    path = Path(folder, f"rank-{int(rank):05d}.json")
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_suffix(".new")
+        beside.write_text(json.dumps(dataclasses.asdict(ending)) + "\n", encoding="utf-8")
+        beside.replace(path)
+
+
+def read(folder: Path) -> list[Ending]:
+    """All notes of a folder, the earliest first; none where there is no folder."""
+    found = []
+    for path in folder.glob("rank-*.json"):
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            found.append(Ending(**json.loads(path.read_text(encoding="utf-8"))))
+    return sorted(found, key=lambda ending: ending.time)
+
+
+def final(endings: list[Ending]) -> Ending | None:
+    """The first that makes starting again useless; None where none does."""
+    return next((ending for ending in endings if ending.is_final), None)

@@ -1,0 +1,1 @@
+"""``farspan launch``: a run started here, by torchrun, under SLURM, by DeepSpeed's launcher, and started again."""

@@ -1,0 +1,137 @@
+"""``farspan launch check``: one look at a node before the ranks start.
+
+It says in one line what every rank would fail on later, each in its own way: another version than on the first node, a
+configuration that does not fit, a folder that is not there or not shared, GPUs that do not answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import os
+import platform
+import socket
+import time
+import uuid
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from ...pretrain.data.store import TokenStore
+from ...pretrain.files import read_mapping, write_json
+from ...version import __version__
+from ..environment import expand_node_list
+from ..exit_codes import IO_ERROR
+from .common import Job, add_config, count, say
+
+DESCRIPTION = """\
+Look at this node before ranks start on it: the same versions as on the first node, the configuration, the data, a run
+folder that all nodes share and can write to, the GPUs asked for.  Says what is wrong in one line.
+"""
+
+PACKAGES = ("torch", "deepspeed", "megatron-core", "numpy")
+_ROOT = Path(__file__).resolve().parents[2]
+_SHARED_SECONDS = 30.0  # network file systems show a new file late
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--expect", type=Path, metavar="FILE", help="what the first node has written for the others")
+    parser.add_argument("--gpus-per-node", type=count, default=0, metavar="N", help="GPUs that must answer here")
+    add_config(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    job, here = Job.of(args), socket.gethostname()
+    if args.expect is not None and (difference := compare(args.expect)) is not None:
+        raise ValueError(f"{here}: {difference}")
+    TokenStore(job.config.data.folder)
+    if (ranks := os.environ.get("SLURM_NTASKS_PER_NODE")) is not None and "SLURM_JOB_NUM_NODES" in os.environ:
+        job.check_ranks(int(ranks) * int(os.environ["SLURM_JOB_NUM_NODES"]))
+    # From here on it is the node that is not as it should be: another one may be.
+    for problem in (unwritable(job.run_dir), missing_gpus(args.gpus_per_node), unknown_address()):
+        if problem is not None:
+            say(f"{here}: {problem}")
+            return IO_ERROR
+    return 0
+
+
+def versions() -> dict[str, str]:
+    """What must be the same on every node."""
+    found = {"farspan": __version__, "farspan's sources": digest(_ROOT), "python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def digest(root: Path) -> str:
+    """Of all sources of the package: clones of one version may differ."""
+    told = hashlib.sha256()
+    for layer in ("launch", "pretrain", "parallel", "kernels"):
+        for path in sorted((root / layer).rglob("*")):
+            if path.suffix in (".py", ".cu", ".cuh", ".cpp", ".h"):
+                told.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return told.hexdigest()[:16]
+
+
+def write_expected(path: Path) -> None:
+    """For the other nodes: what this one has."""
+    write_json(path, {"host": socket.gethostname(), "versions": versions()})
+
+
+def compare(path: Path) -> str | None:
+    """What is different here from what the first node wrote."""
+    end = time.monotonic() + _SHARED_SECONDS
+    while not path.exists() and time.monotonic() < end:
+        with contextlib.suppress(OSError):
+            os.listdir(path.parent)  # noqa: PTH208 - asks the file system again
+        time.sleep(0.2)
+    if not path.exists():
+        return f"{path} of the job's first node cannot be seen here: set run_dir to a folder that all nodes share"
+    expected, mine = read_mapping(path, "a run's log folder"), versions()
+    for name, theirs in expected["versions"].items():
+        if mine.get(name) != theirs:
+            return (
+                f"{name} is {mine.get(name, 'not installed')} here and {theirs} on {expected['host']}: "
+                "install the same on all nodes"
+            )
+    return None
+
+
+def unwritable(folder: Path) -> str | None:
+    probe = folder / f".check-{uuid.uuid4().hex}"
+    try:
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        return f"{folder} cannot be written to ({error.strerror})"
+    return None
+
+
+def missing_gpus(wanted: int) -> str | None:
+    if not wanted:
+        return None
+    import torch
+
+    if (found := torch.cuda.device_count()) < wanted:
+        return f"{wanted} GPUs are asked for and {found} answer here"
+    try:
+        for i in range(wanted):
+            torch.zeros(1, device=f"cuda:{i}")
+    except RuntimeError as error:
+        return f"a GPU fails: {' '.join(str(error).split())}"
+    return None
+
+
+def unknown_address() -> str | None:
+    """Whether the name of the first rank's node leads anywhere from here."""
+    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST")
+    name = os.environ.get("MASTER_ADDR") or (expand_node_list(nodes)[0] if nodes else None)
+    try:
+        if name is not None:
+            socket.getaddrinfo(name, None)
+    except OSError:
+        return (
+            f"the name {name} of the first node has no address here: set MASTER_ADDR to one that every node can reach"
+        )
+    return None

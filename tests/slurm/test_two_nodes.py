@@ -1,0 +1,255 @@
+"""The real SLURM, two nodes of it: what clusters do to a job, and a run that finishes by itself as if nothing had been.
+
+Needs root, and Debian's slurm-wlm and munge, or an apt-get that can install them; `tests/slurm/run.sh` runs it alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from runs import Run, settings
+
+CLUSTER = Path(__file__).with_name("cluster.sh")
+SLOW = [sys.executable, "-P", str(Path(__file__).with_name("slow_farspan.py"))]
+STEPS, INTERVAL, MARGIN_SECONDS = 24, 4, 20
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(1200)]
+
+
+class Cluster:
+    """SLURM as its own commands show it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.environment = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("SLURM_", "SBATCH_", "SRUN_", "FARSPAN_J"))
+        } | {"SLURM_CONF": str(folder / "slurm.conf"), "OMP_NUM_THREADS": "1"}
+
+    def script(self, *words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([CLUSTER, *words], capture_output=True, text=True, env=self.environment)
+
+    def ask(self, *words: str) -> str:
+        ended = subprocess.run(words, capture_output=True, text=True, env=self.environment, timeout=120)
+        return ended.stdout.strip()
+
+    def state(self, job: str) -> str:
+        """Empty where SLURM has forgotten it."""
+        return self.ask("squeue", "--noheader", "--jobs", job, "--format=%T")
+
+    def jobs(self) -> list[str]:
+        return self.ask("squeue", "--noheader", "--format=%i").split()
+
+    def restarts(self, job: str) -> int:
+        told = self.ask("scontrol", "--oneliner", "show", "job", job)
+        return int(told.partition(" Restarts=")[2].partition(" ")[0] or 0)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    found = Cluster(tmp_path_factory.mktemp("slurm"))
+    started = found.script("start", str(found.folder))
+    if started.returncode == 3:
+        pytest.skip(started.stderr.strip().splitlines()[-1])
+    assert started.returncode == 0, started.stderr
+    try:
+        yield found
+    finally:
+        found.script("stop", str(found.folder))
+        for daemon in ("slurmctld", "slurmd", "munged"):
+            left = subprocess.run(["pgrep", "-af", daemon], capture_output=True, text=True).stdout
+            assert str(found.folder) not in left
+
+
+class Trained:
+    """A run under SLURM."""
+
+    def __init__(self, cluster: Cluster, data: Path, folder: Path, **overrides: Any) -> None:
+        self.cluster, self.folder = cluster, folder
+        values = {"parallel.data": 2, "checkpoint.interval": INTERVAL, "checkpoint.margin_seconds": MARGIN_SECONDS}
+        values |= {"model.num_hidden_layers": 2, "model.hidden_dropout_prob": 0.1, "logging.interval": 1}
+        self.config = folder.with_suffix(".yaml")
+        self.config.write_text(yaml.safe_dump(settings(data, folder, STEPS, values | overrides)))
+
+    def submit(self, *options: str, step_seconds: float = 0.5) -> str:
+        command = [*SLOW, "launch", "slurm", "--nodes", "2", "--cpus-per-task", str(min(2, os.cpu_count() or 1))]
+        command += ["--farspan", shlex.join(SLOW), "--max-restarts", "8", *options, str(self.config)]
+        environment = self.cluster.environment | {"FARSPAN_TEST_STEP_SECONDS": str(step_seconds)}
+        ended = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=self.folder.parent)
+        assert ended.returncode == 0, ended.stderr
+        self.job = ended.stdout.strip()
+        return self.job
+
+    def step(self) -> int:
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            lines = (self.folder / "metrics.jsonl").read_text().splitlines()
+            return int(max(json.loads(line)["step"] for line in lines if '"loss"' in line))
+        return 0
+
+    def output(self) -> str:
+        return "".join(path.read_text() for path in sorted(self.folder.glob("logs/*.out")))
+
+    def told(self, event: str) -> list[dict[str, Any]]:
+        lines = (self.folder / "restarts.jsonl").read_text().splitlines()
+        return [line for line in map(json.loads, lines) if line["event"] == event]
+
+    def wait(self, moment: Callable[[], Any], what: str, seconds: float = 600) -> None:
+        end = time.monotonic() + seconds
+        while not moment():
+            assert time.monotonic() < end, f"{what} does not come\n{self.output()}"
+            time.sleep(0.2)
+
+    def wait_for_step(self, step: int) -> None:
+        self.wait(lambda: self.step() >= step, f"step {step}")
+
+    def finish(self) -> None:
+        self.wait(lambda: not self.cluster.jobs(), "the end")
+        assert self.told("end")[-1]["why"] == f"all {STEPS} steps are done", self.output()
+
+
+@pytest.fixture(scope="module")
+def whole(cluster: Cluster, prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Nothing happens to this one."""
+    run = Trained(cluster, prepared, tmp_path_factory.mktemp("whole") / "run")
+    run.submit("--time", "20")
+    run.finish()
+    assert len(run.told("start")) == 1
+    return run
+
+
+@pytest.fixture
+def run(cluster: Cluster, prepared: Path, tmp_path: Path) -> Iterator[Trained]:
+    found = Trained(cluster, prepared, tmp_path / "run")
+    yield found
+    if cluster.jobs():
+        cluster.ask("scancel", *cluster.jobs())
+        found.wait(lambda: not cluster.jobs(), "the end of what was cancelled", 60)
+
+
+def assert_same(run: Trained, whole: Trained, starts: int) -> None:
+    assert Run(run.folder).steps() == Run(whole.folder).steps()
+    mine, theirs = Run(run.folder).weights(), Run(whole.folder).weights()
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert len(run.told("start")) >= starts
+    for folder in run.folder.glob("logs/*-*/"):
+        if not (folder / "endings").exists():
+            assert len(list(folder.glob("rank-0000[01].log"))) == 2
+
+
+def test_the_undisturbed_run(whole: Trained) -> None:
+    assert len(Run(whole.folder).steps()) == STEPS
+    rank_0 = (whole.folder / f"logs/{whole.job}-0/rank-00000.log").read_text()
+    assert f"step {STEPS}/{STEPS}" in rank_0 and f"step {STEPS}/{STEPS}" in whole.output()
+    assert whole.told("start")[0]["nodes"] == "farspan-n[1-2]"
+
+
+@pytest.mark.parametrize(
+    ("signal", "again"), [("USR1", "requeue"), ("TERM", "requeue"), ("USR1", "chain")], ids=lambda value: value
+)
+def test_scancel_with_a_signal(run: Trained, whole: Trained, signal: str, again: str) -> None:
+    """Also without --until-done: it was asked to stop."""
+    job = run.submit("--time", "20", "--again", again)
+    run.wait_for_step(INTERVAL + 2)
+    run.cluster.ask("scancel", f"--signal={signal}", job)
+    run.finish()
+    assert_same(run, whole, starts=2)
+    first = run.told("end")[0]
+    assert first["code"] == 75 and first["step"] > INTERVAL and first["then"] == again
+    assert run.told("start")[1]["step"] == first["step"]
+    assert (run.told("start")[1]["job"] != job) == (again == "chain")
+
+
+def test_the_time_limit(run: Trained, whole: Trained) -> None:
+    """SLURM counts in minutes: the run is made longer than one that is long enough for its start."""
+    began, ended = whole.told("start")[0], whole.told("end")[0]
+    busy = _seconds(began["time"], ended["time"])
+    minutes = math.ceil((2 * busy + MARGIN_SECONDS) / 60)
+    run.submit("--time", str(minutes), step_seconds=60 * minutes / STEPS)
+    run.finish()
+    assert_same(run, whole, starts=2)
+    assert all(end["code"] == 75 for end in run.told("end")[:-1])
+
+
+def _seconds(begin: str, end: str) -> float:
+    from datetime import datetime
+
+    return (datetime.fromisoformat(end) - datetime.fromisoformat(begin)).total_seconds()
+
+
+def test_scontrol_requeue(run: Trained, whole: Trained) -> None:
+    job = run.submit("--time", "20")
+    run.wait_for_step(INTERVAL + 2)
+    run.cluster.ask("scontrol", "requeue", job)
+    run.finish()
+    assert_same(run, whole, starts=2)
+    assert run.told("start")[1]["restart"] == 1 and run.told("start")[1]["step"] >= INTERVAL
+
+
+@pytest.mark.parametrize("node", [2, 1], ids=["of the other node", "of the first node"])
+def test_a_slurmd_is_killed(run: Trained, whole: Trained, node: int) -> None:
+    """And comes back when its node has been given up."""
+    job = run.submit("--time", "20", "--until-done")
+    run.wait_for_step(INTERVAL + 2)
+    run.cluster.script("kill", str(run.cluster.folder), str(node))
+    run.wait(lambda: run.cluster.restarts(job) >= 1, "SLURM's noticing it")
+    run.cluster.script("revive", str(run.cluster.folder), str(node))
+    run.finish()
+    assert_same(run, whole, starts=2)
+    assert run.told("start")[1]["step"] >= INTERVAL
+
+
+def test_a_rank_is_killed(run: Trained, whole: Trained) -> None:
+    run.submit("--time", "20", "--until-done")
+    run.wait_for_step(INTERVAL + 2)
+    assert subprocess.run(["pkill", "-KILL", "-f", f"train .*{run.config}"]).returncode == 0
+    run.finish()
+    assert_same(run, whole, starts=2)
+    assert run.told("end")[0]["then"] == "requeue" and not run.told("end")[0]["asked"]
+
+
+@pytest.mark.parametrize("again", ["requeue", "chain"])
+def test_scancel_ends_it_for_good(run: Trained, again: str) -> None:
+    job = run.submit("--time", "20", "--until-done", "--again", again)
+    run.wait_for_step(2)
+    run.cluster.ask("scancel", job)
+    run.wait(lambda: not run.cluster.jobs(), "the end")
+    assert len(run.told("start")) == 1
+    assert 2 <= run.told("end")[0]["step"] < STEPS  # it saved
+    assert "cancelled" in run.told("end")[0]["why"]
+
+
+def test_a_user_error_ends_it_for_good(run: Trained, tmp_path: Path) -> None:
+    text = run.config.read_text()
+    run.config.write_text(text.replace(yaml.safe_load(text)["data"]["folder"], str(tmp_path / "nowhere")))
+    run.submit("--time", "20", "--until-done")
+    run.wait(lambda: not run.cluster.jobs(), "the end")
+    assert len(run.told("start")) == 1
+    assert run.told("end")[0]["then"] == "none" and "nowhere" in run.told("end")[0]["why"]
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_the_parser_takes_the_script(run: Trained, cluster: Cluster, tmp_path: Path, nodes: int) -> None:
+    command = [*SLOW, "launch", "slurm", "--dry-run", "--nodes", str(nodes), "--time", "1-0", "--until-done"]
+    command += ["--mem", "100M", "--sbatch", "comment=a b", str(run.config)]
+    ended = subprocess.run(command, capture_output=True, text=True, env=cluster.environment)
+    script = tmp_path / "script"
+    script.write_text(ended.stdout)
+    tested = subprocess.run(["sbatch", "--test-only", script], capture_output=True, text=True, env=cluster.environment)
+    assert tested.returncode == 0, tested.stderr
+    assert f"using {nodes * 1 if nodes == 2 else 2} processors" in tested.stderr
+    assert not shutil.which("false") or not run.folder.exists()
