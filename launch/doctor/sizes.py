@@ -10,13 +10,26 @@ import math
 
 import torch
 
-from ...parallel.mesh import Axis, Mesh, SoloGroup
+from ...parallel.mesh import Axis, Mesh
 from ...parallel.sharding import logical_of
 from ...pretrain.config import Config
 from ...pretrain.models import architecture
 from ...pretrain.models.base import LanguageModel, Stage
 
 _MASTER, _MOMENTS, _GRADIENT = 4, 8, 4  # bytes a parameter, all float32
+
+
+@dataclasses.dataclass(frozen=True)
+class _Group:
+    """Stands for a process group of so many ranks, of which this is the first, where nothing is sent."""
+
+    ranks: int
+
+    def size(self) -> int:
+        return self.ranks
+
+    def rank(self) -> int:
+        return 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +127,7 @@ def _weight(config: Config) -> int:
 
 def _build(config: Config, tensor: int, stage: Stage) -> LanguageModel:
     """A stage as it lies on a tensor rank, without values."""
-    axis, one = Axis(0, tensor, SoloGroup()), Axis(0, 1, SoloGroup())
+    axis, one = Axis(0, tensor, _Group(tensor)), Axis(0, 1, _Group(1))
     mesh = Mesh(axis, one, one, axis, one.group, torch.device("meta"))
     with torch.device("meta"):
         return architecture(config.model.model_type)(config.model, mesh, stage=stage, heads=config.heads)
