@@ -10,26 +10,13 @@ import math
 
 import torch
 
-from ...parallel.mesh import Axis, Mesh
+from ...parallel.mesh import Axis, Mesh, SoloGroup
 from ...parallel.sharding import logical_of
 from ...pretrain.config import Config
 from ...pretrain.models import architecture
 from ...pretrain.models.base import LanguageModel, Stage
 
 _MASTER, _MOMENTS, _GRADIENT = 4, 8, 4  # bytes a parameter, all float32
-
-
-@dataclasses.dataclass(frozen=True)
-class _Group:
-    """Stands for a process group of so many ranks, of which this is the first, where nothing is sent."""
-
-    ranks: int
-
-    def size(self) -> int:
-        return self.ranks
-
-    def rank(self) -> int:
-        return 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +72,7 @@ def rank_bytes(config: Config, data: int) -> RankBytes:
     stages = [
         Stage.of(config.model, rank, parallel.pipeline, parallel.virtual_stages) for rank in range(parallel.pipeline)
     ]
-    count = max(sum(p.numel() for p in _build(config, parallel.tensor, stage).parameters()) for stage in stages)
+    count = max(_held(_build(config, parallel.tensor, stage)) for stage in stages)
     partitioned = parallel.zero_stage > 0 and (data > 1 or parallel.offload_optimizer)
     zero = parallel.zero_stage if partitioned else 0
     weights = weight * count // (data if zero == 3 else 1)
@@ -126,8 +113,14 @@ def _weight(config: Config) -> int:
 
 
 def _build(config: Config, tensor: int, stage: Stage) -> LanguageModel:
-    """A stage as it lies on a tensor rank, without values."""
-    axis, one = Axis(0, tensor, _Group(tensor)), Axis(0, 1, _Group(1))
+    """A stage, without values, whose parameters say what a tensor rank holds of them (their own shapes do not:
+    megatron-core asks for process groups, which there are none)."""
+    axis, one = Axis(0, tensor, SoloGroup()), Axis(0, 1, SoloGroup())
     mesh = Mesh(axis, one, one, axis, one.group, torch.device("meta"))
     with torch.device("meta"):
         return architecture(config.model.model_type)(config.model, mesh, stage=stage, heads=config.heads)
+
+
+def _held(model: LanguageModel) -> int:
+    """Values that a tensor rank holds, padding included."""
+    return sum(math.prod(logical_of(p).local_shape(model.mesh.tensor)) for p in model.parameters())
