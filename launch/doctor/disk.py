@@ -271,7 +271,7 @@ def _speed(section: Section, scratch: Path, folder: Path, need: Need | None) -> 
     section.say(f"{said}, flushes a small file in {1000 * latency:.1f} ms")
     if need is not None:
         save = section.facts["save_seconds"] = need.checkpoint / rate
-        section.say(f"a checkpoint of {size(need.checkpoint)} takes about {save:,.1f} s when one node writes it")
+        section.say(f"a checkpoint of {size(need.checkpoint)} takes about {save:,.2g} s when one node writes it")
     if rate < SLOW if need is None else need.checkpoint / rate > LONG:
         takes = "" if need is None else f": a checkpoint takes {need.checkpoint / rate:,.0f} s"
         section.warn(

@@ -25,6 +25,8 @@ _LIMITS = {
     "processes": resource.RLIMIT_NPROC,
 }
 
+_IN_BYTES = ("locked memory", "file size", "core file")
+
 
 def look(section: Section, root: Path = Path("/"), gpus: int = 0) -> None:
     """``gpus``: how many this machine shows; some limits matter only there."""
@@ -172,7 +174,10 @@ def _shared_memory(section: Section, root: Path, gpus: int) -> None:
 
 def _limits(section: Section, root: Path) -> None:
     limits = {name: resource.getrlimit(number)[0] for name, number in _LIMITS.items()}
-    words = {name: "unlimited" if value == resource.RLIM_INFINITY else str(value) for name, value in limits.items()}
+    words = {
+        name: "unlimited" if value == resource.RLIM_INFINITY else size(value) if name in _IN_BYTES else str(value)
+        for name, value in limits.items()
+    }
     section.facts["limits"] = words
     section.say("limits: " + ", ".join(f"{name} {value}" for name, value in words.items()))
 

@@ -88,7 +88,7 @@ def is_loopback(address: str | None) -> bool:
 def look(section: Section) -> None:
     found = interfaces()
     section.facts |= {"interfaces": [dataclasses.asdict(one) for one in found], "gloo_address": gloo_address()}
-    section.say("interfaces: " + ", ".join(map(str, found)))
+    section.say(", ".join(map(str, found)))
     names = [one.name for one in found]
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         value = os.environ.get(variable, "")
