@@ -108,7 +108,7 @@ def _print(args: argparse.Namespace, nodes: dict[str, list[Section]], together: 
         print(page.to_json(host, nodes, together, findings), end="", flush=True)
     else:
         now = datetime.datetime.now(datetime.UTC)
-        heading = f"farspan doctor on {host}, {now:%Y-%m-%d %H:%M} UTC" + (", quick" if args.quick else "")
+        heading = f"doctor on {host}, {now:%Y-%m-%d %H:%M} UTC" + (", quick" if args.quick else "")
         print(page.render(heading, [*nodes.get(host, []), *together], findings), end="", flush=True)
     return exit_code(findings)
 

@@ -253,13 +253,13 @@ def _full(section: Section, error: OSError, folder: Path) -> None:
 def _speed(section: Section, scratch: Path, folder: Path, need: Need | None) -> None:
     file = scratch / "speed"
     try:
-        written, seconds = write_speed(file)
+        written, took = write_speed(file)
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
         _full(section, error, folder)
         return
-    rate = written / seconds
+    rate = written / took
     section.facts |= {"write_bytes_per_second": rate, "measured_bytes": written}
     said = f"writes {size(int(rate))}/s (with fsync, {size(written)})"
     if (read := read_speed(file)) is not None:
@@ -271,7 +271,8 @@ def _speed(section: Section, scratch: Path, folder: Path, need: Need | None) -> 
     section.say(f"{said}, flushes a small file in {1000 * latency:.1f} ms")
     if need is not None:
         save = section.facts["save_seconds"] = need.checkpoint / rate
-        section.say(f"a checkpoint of {size(need.checkpoint)} takes about {save:,.2g} s when one node writes it")
+        seconds = f"{save:,.0f}" if save >= 10 else f"{save:.2g}"
+        section.say(f"a checkpoint of {size(need.checkpoint)} takes about {seconds} s when one node writes it")
     if rate < SLOW if need is None else need.checkpoint / rate > LONG:
         takes = "" if need is None else f": a checkpoint takes {need.checkpoint / rate:,.0f} s"
         section.warn(

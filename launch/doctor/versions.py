@@ -54,7 +54,7 @@ def look(section: Section, *, quick: bool) -> None:
     }
     facts = section.facts
     made_of = f"commit {facts['commit']}, sources {facts['sources']}" if facts["commit"] else facts["sources"]
-    section.say(f"farspan {__version__} ({made_of}), Python {facts['python']}, {facts['system']}")
+    section.say(f"Farspan {__version__} ({made_of}), Python {facts['python']}, {facts['system']}")
     section.say(", ".join(f"{name} {found or 'is not installed'}" for name, found in facts["packages"].items()))
     _requirements(section)
     section.facts["clashes"] = []
