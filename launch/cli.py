@@ -13,23 +13,10 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..version import __version__
-from . import endings, exit_codes, network
-from .environment import (
-    FAILURE_FILE,
-    RankEnvironment,
-    apply,
-    check_address,
-    idle_slurm_nodes,
-    read_environment,
-)
-from .parent import die_with_launcher
-
-if TYPE_CHECKING:
-    from ..pretrain.config import Config
-    from .guard import Guard
+from . import endings, exit_codes
+from .environment import FAILURE_FILE
 
 _OVERVIEW = """\
 Pretrain language models from text to a Hugging Face folder.
@@ -41,21 +28,6 @@ Pretrain language models from text to a Hugging Face folder.
 
 _EPILOG = """\
 Each command has its own --help.  Errors are one line; FARSPAN_TRACEBACK=1 shows where they come from.
-"""
-
-_TRAIN = """\
-Train as the YAML file says.  section.key=value after it overrides one value, as often as needed:
-
-  farspan train configs/RUN.yaml optimizer.lr=1e-4 parallel.tensor=2
-
-Started by itself, the command runs one rank for each GPU (on a CPU: as many as the layout needs).  Under a launcher
-each process is one rank:
-
-  torchrun --nnodes 2 --nproc-per-node 8 ... --no-python farspan train configs/RUN.yaml
-  srun --ntasks-per-node 8 farspan train configs/RUN.yaml
-  deepspeed --hostfile hosts --no_python farspan train configs/RUN.yaml
-
-A run that was stopped continues from its latest checkpoint when the same command is given again.
 """
 
 
@@ -121,25 +93,12 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
 
         add_launch_arguments(launch)
 
-    train = commands.add_parser(
-        "train", help="train a model, or continue a run", description=_TRAIN, formatter_class=raw
-    )
-    train.add_argument("config", metavar="CONFIG", help="YAML file of the run")
-    train.add_argument("overrides", metavar="section.key=value", nargs="*", help="values that replace the file's")
-    train.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
-    train.add_argument("--ranks", type=_positive, metavar="N", help="start N ranks on this machine")
-    train.add_argument("--logs", metavar="FOLDER", help="write what each of them says to a file of its own there")
-    train.add_argument(
-        "--resume",
-        default="auto",
-        metavar="auto|never|PATH",
-        help="auto: continue from the run's latest checkpoint if there is one (default); never: refuse to; "
-        "PATH: continue from that checkpoint",
-    )
-    train.add_argument(
-        "--stop-after", type=_positive, metavar="STEP", help="save and stop after this step; run again to go on"
-    )
+    train = commands.add_parser("train", help="train a model, or continue a run", formatter_class=raw)
     train.set_defaults(run=_train, parser=train)
+    if command == "train":
+        from .training import add_arguments as add_train_arguments
+
+        add_train_arguments(train)
 
     checkpoint = commands.add_parser("checkpoint", help="list checkpoints, verify them, compare two")
     checkpoint.set_defaults(parser=checkpoint)
@@ -207,79 +166,9 @@ def _prepare(args: argparse.Namespace) -> int | None:
 
 
 def _train(args: argparse.Namespace) -> int:
-    environment = read_environment()
-    if environment is not None and args.ranks is not None:
-        raise ValueError("--ranks starts ranks on this machine, but a launcher already started them: leave it out")
-    guard = None if environment is None or args.print_config else _start_guard(environment)
-    if environment is not None:
-        apply(environment)
-        network.prepare(environment)
-    from ..pretrain.config_file import load_config
+    from .training import run
 
-    config = load_config(args.config, args.overrides)
-    if args.print_config:
-        if environment is None or environment.rank == 0:
-            print(config.to_yaml(), end="")
-        return 0
-    if environment is None:
-        ranks = args.ranks or _default_ranks(config)
-        if idle := idle_slurm_nodes():
-            _say(f"note: {idle} more nodes of this SLURM job stay idle; srun starts ranks on all of them")
-        if ranks > 1 or args.logs is not None:
-            return _start_ranks(config, ranks, args)
-        from .local import free_port
-
-        environment = RankEnvironment(0, 0, 1, 1, "127.0.0.1", free_port())
-    else:
-        die_with_launcher()
-    check_address(environment)
-    apply(environment)
-    guard = guard or _start_guard(environment)
-    if guard is not None:
-        health, seconds = config.health, config.training.timeout_seconds
-        guard.configure(run_dir=config.run_dir, hang_seconds=health.hang_seconds, timeout_seconds=seconds)
-    from ..pretrain.train import train
-
-    stopped = train(config, resume=args.resume, stop_after=args.stop_after) is not None
-    return exit_codes.of_stop(environment.rank) if stopped else exit_codes.DONE
-
-
-def _start_guard(environment: RankEnvironment) -> Guard | None:
-    """What notices that this rank hangs, before anything slow is imported; None where the system is not Linux."""
-    if sys.platform != "linux":
-        return None
-    from .guard import Guard
-
-    return Guard(environment.rank, environment.world_size)
-
-
-def _default_ranks(config: Config) -> int:
-    """The number that the layout says; where it leaves the replicas open, every GPU, or one replica on a CPU."""
-    import torch
-
-    parallel = config.parallel
-    if parallel.data is None and torch.cuda.device_count() > 0:
-        return torch.cuda.device_count()
-    return parallel.tensor * parallel.pipeline * (parallel.data or 1)
-
-
-def _start_ranks(config: Config, ranks: int, args: argparse.Namespace) -> int:
-    import torch
-
-    from ..pretrain.config import check_world
-    from .local import run_ranks
-
-    gpus = torch.cuda.device_count()
-    if 0 < gpus < ranks:
-        raise ValueError(f"{ranks} ranks need a GPU each and this machine shows {gpus}: start fewer with --ranks")
-    # The layout only, with the CPU's name: asking a GPU what it can do would leave this process's context on it.  What
-    # depends on the device each rank checks for itself.
-    check_world(config, ranks, torch.device("cpu"))
-    options = ["--resume", args.resume]
-    if args.stop_after is not None:
-        options += ["--stop-after", str(args.stop_after)]
-    logs = None if args.logs is None else Path(args.logs)
-    return run_ranks(["train", args.config, *args.overrides, *options], ranks, logs=logs)
+    return run(args)
 
 
 def _approximation(args: argparse.Namespace) -> None:
@@ -329,12 +218,6 @@ def _version(args: argparse.Namespace) -> None:
             print(f"{package} {version(package)}")
         except PackageNotFoundError:
             print(f"{package} is not installed")
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 up")
-    return int(text)
 
 
 def _is_for_the_user(error: Exception) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from farspan.launch import local
+from farspan.launch import local, network, training
 from farspan.launch.cli import main
 from farspan.version import __version__
 
@@ -26,6 +26,9 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(training, "_start_guard", lambda environment: None)
+    monkeypatch.setattr(training, "die_with_launcher", lambda: None)
+    monkeypatch.setattr(network, "prepare", lambda environment: None)
 
 
 @pytest.fixture
@@ -94,7 +97,8 @@ def train(config, *, resume, stop_after=None):
 def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], int]]:
     started: list[tuple[list[str], int]] = []
 
-    def run_ranks(arguments: list[str], ranks: int) -> int:
+    def run_ranks(arguments: list[str], ranks: int, logs: object) -> int:
+        assert logs is None
         started.append((arguments, ranks))
         return 5
 
