@@ -19,7 +19,14 @@ from .guard_process import STACKS_SIGNAL
 from .parent import die_with
 
 # No site-packages before the standard library, no environment variables: what the guard imports is what Python has.
-_PROGRAM = "import sys; sys.path.append({root!r}); from farspan.launch.guard_process import main; main()"
+# The folder of the package may have any name (an editable installation of a clone).
+_PROGRAM = """
+import sys, types
+package = sys.modules["farspan"] = types.ModuleType("farspan")
+package.__path__ = [{root!r}]
+from farspan.launch.guard_process import main
+main()
+"""
 
 
 class Guard:
@@ -33,7 +40,7 @@ class Guard:
         reader, writer = os.pipe()
         arguments = {"rank": rank, "world": world, "parent": os.getpid()}
         arguments |= {"record": record, "stacks": self._stacks, "pipe": writer}
-        program = _PROGRAM.format(root=str(Path(__file__).resolve().parents[2]))
+        program = _PROGRAM.format(root=str(Path(__file__).resolve().parents[1]))
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", program, json.dumps(arguments)],
             stdin=subprocess.DEVNULL,
