@@ -100,8 +100,8 @@ class GoingBack:
     def _target(self, first: int) -> int | None:
         """The step of the checkpoint to go back to, 0 for initial values, None where there is nothing: the newest from
         before all data that are to be left out, else the oldest from before the spike."""
-        folders = ckpt.candidates(checkpoints_folder(self.config))
-        folders = [folder for folder in folders if not is_undone(folder, self.past)]
+        root = checkpoints_folder(self.config)
+        folders = self.mesh.tell(lambda: [f for f in ckpt.candidates(root) if not is_undone(f, self.past)])
         begin = first - self.config.spikes.skip_before
         before = sorted((f for f in folders if ckpt.step_of(f) < begin), key=ckpt.step_of, reverse=True)
         within = sorted((f for f in folders if begin <= ckpt.step_of(f) < first), key=ckpt.step_of)
