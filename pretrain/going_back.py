@@ -15,6 +15,7 @@ import torch
 
 from ..parallel.mesh import Mesh
 from . import checkpoint as ckpt
+from . import heartbeat
 from .config import Config
 from .files import explain
 from .metrics import MetricsWriter
@@ -60,8 +61,8 @@ class GoingBack:
         Raises ``WentBack`` once that is recorded.  ValueError where the run has gone back too often.  Where nothing is
         there to go back to, or it cannot be recorded, that is said, and the run goes on.
         """
-        spikes, watch = self.config.spikes, self.watch
-        if spikes.action != "rollback":
+        watch = self.watch
+        if self.config.spikes.action != "rollback":
             return
         limit = self.config.training.max_skipped_steps
         if watch.gives_up(limit):
@@ -70,6 +71,11 @@ class GoingBack:
             first, reason = watch.first, f"{watch.out_of_line} steps in a row are out of line with those before them"
         else:
             return
+        with heartbeat.current().phase("saving"):
+            self._go_back(done, first, reason)
+
+    def _go_back(self, done: int, first: int, reason: str) -> None:
+        spikes = self.config.spikes
         self.saving.wait()
         if len(self.past) >= spikes.max_rollbacks:
             raise ValueError(
