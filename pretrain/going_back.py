@@ -20,7 +20,7 @@ from .config import Config
 from .files import explain
 from .metrics import MetricsWriter
 from .resume import Start, checkpoints_folder, newest_whole
-from .rollbacks import RECORDS, Rollback, add, is_undone, table
+from .rollbacks import RECORDS, Rollback, add, is_undone, read, table
 from .rounds import Rounds
 from .saving import Saving
 from .skips import Skip, skipping
@@ -95,8 +95,8 @@ class GoingBack:
                     self.saving.saver.confirm()
                 self.writer.sync()
                 add(self.config.run_dir, rollback)
-            except OSError as error:
-                problem = explain(error)
+            except OSError as error:  # perhaps after the line was there
+                problem = None if len(read(self.config.run_dir)) > len(self.past) else explain(error)
         if (problem := self.mesh.first_problem(problem)) is not None:
             self._cannot(done, reason, f"it cannot be recorded ({problem})")
             return

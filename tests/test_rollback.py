@@ -232,6 +232,24 @@ def test_without_a_good_checkpoint_the_run_goes_on(start, tmp_path):
     assert [loss > 50 for loss, _ in Run(tmp_path / "run").steps()] == [9 <= step <= 11 for step in range(1, STEPS + 1)]
 
 
+def with_a_full_disk(values: dict[str, Any]) -> None:
+    from farspan.pretrain import rollbacks
+
+    def write(path: Path, text: str) -> None:
+        raise OSError(28, os.strerror(28), str(path))
+
+    rollbacks.write_text = write
+
+
+def test_what_cannot_be_recorded_is_not_done(start, ranks, tmp_path):
+    error, said = start("run", {}, at_step=8, then=with_a_full_disk.__name__)
+    ranks.stop()  # the disk of that process stays full
+    assert error is None and not (tmp_path / "run/rollbacks.jsonl").exists()
+    (line,) = [line for line in said if "no rollback" in line]
+    assert "it cannot be recorded" in line and "No space left on device" in line
+    assert [line["step"] for line in lines(tmp_path / "run") if "lr" in line] == list(range(1, STEPS + 1))
+
+
 def test_before_the_first_checkpoint_it_begins_anew(start, ranks, tmp_path):
     error, said = start("run", {"checkpoint.interval": 10})
     assert error is None and any("back to the initial values" in line for line in said)
