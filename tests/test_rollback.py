@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -396,3 +397,19 @@ def test_killed_in_the_midst(ranks, start, prepared, tmp_path):
         assert not list((folder / "checkpoints").glob(".step-*"))
         shutil.rmtree(folder)
     assert number > 10 and set(moments) == {False, True}, moments
+
+
+@pytest.mark.parametrize("sign", ["undone.jsonl", "rollbacks.jsonl"])
+def test_all_ranks_killed_in_the_midst(ranks, start, prepared, tmp_path, sign):
+    two = {"parallel.data": 2}
+    assert start("whole", two)[0] is None
+    ranks.begin(train_poisoned, settings(prepared, tmp_path / "run", STEPS, COMMON | two), count=2)
+    end = time.monotonic() + 60
+    while not (tmp_path / "run" / sign).exists():
+        assert time.monotonic() < end and not ranks.answered(), "there was no rollback"
+        time.sleep(0.001)
+    assert ranks.stop()[:2] == [-9, -9]
+    assert len(lines(tmp_path / "run")) < len(lines(tmp_path / "whole"))
+    assert start("run", two)[0] is None
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert len(records(tmp_path / "run")) == 1
