@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .memory import keep_freed_memory
+
+T = TypeVar("T")
 
 
 class SoloGroup:
@@ -92,6 +95,21 @@ class Mesh:
         everywhere: list[str | None] = [None] * self.size
         dist.all_gather_object(everywhere, said)
         return next((one for one in everywhere if one is not None), None)
+
+    def tell(self, find: Callable[[], T]) -> T:
+        """What ``find`` returns on the writer, on all ranks; a ValueError or OSError of its own is raised on all of
+        them.  A file system may show other nodes what was there before.  Collective."""
+        told: list[Any] = [None, None]
+        if self.is_writer:
+            try:
+                told[0] = find()
+            except (ValueError, OSError) as error:
+                told[1] = error
+        if self.size > 1:
+            dist.broadcast_object_list(told, src=0, device=self.device)
+        if told[1] is not None:
+            raise told[1]
+        return told[0]  # type: ignore[no-any-return]
 
     def describe(self) -> str:
         sequence = " with sequence parallelism" if self.sequence_parallel else ""

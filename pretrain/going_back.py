@@ -15,11 +15,12 @@ import torch
 
 from ..parallel.mesh import Mesh
 from . import checkpoint as ckpt
+from . import heartbeat
 from .config import Config
 from .files import explain
 from .metrics import MetricsWriter
 from .resume import Start, checkpoints_folder, newest_whole
-from .rollbacks import RECORDS, Rollback, add, is_undone, table
+from .rollbacks import RECORDS, Rollback, add, is_undone, read, table
 from .rounds import Rounds
 from .saving import Saving
 from .skips import Skip, skipping
@@ -60,8 +61,8 @@ class GoingBack:
         Raises ``WentBack`` once that is recorded.  ValueError where the run has gone back too often.  Where nothing is
         there to go back to, or it cannot be recorded, that is said, and the run goes on.
         """
-        spikes, watch = self.config.spikes, self.watch
-        if spikes.action != "rollback":
+        watch = self.watch
+        if self.config.spikes.action != "rollback":
             return
         limit = self.config.training.max_skipped_steps
         if watch.gives_up(limit):
@@ -70,6 +71,11 @@ class GoingBack:
             first, reason = watch.first, f"{watch.out_of_line} steps in a row are out of line with those before them"
         else:
             return
+        with heartbeat.current().phase("saving"):
+            self._go_back(done, first, reason)
+
+    def _go_back(self, done: int, first: int, reason: str) -> None:
+        spikes = self.config.spikes
         self.saving.wait()
         if len(self.past) >= spikes.max_rollbacks:
             raise ValueError(
@@ -89,8 +95,8 @@ class GoingBack:
                     self.saving.saver.confirm()
                 self.writer.sync()
                 add(self.config.run_dir, rollback)
-            except OSError as error:
-                problem = explain(error)
+            except OSError as error:  # perhaps after the line was there
+                problem = None if len(read(self.config.run_dir)) > len(self.past) else explain(error)
         if (problem := self.mesh.first_problem(problem)) is not None:
             self._cannot(done, reason, f"it cannot be recorded ({problem})")
             return
@@ -100,8 +106,8 @@ class GoingBack:
     def _target(self, first: int) -> int | None:
         """The step of the checkpoint to go back to, 0 for initial values, None where there is nothing: the newest from
         before all data that are to be left out, else the oldest from before the spike."""
-        folders = ckpt.candidates(checkpoints_folder(self.config))
-        folders = [folder for folder in folders if not is_undone(folder, self.past)]
+        root = checkpoints_folder(self.config)
+        folders = self.mesh.tell(lambda: [f for f in ckpt.candidates(root) if not is_undone(f, self.past)])
         begin = first - self.config.spikes.skip_before
         before = sorted((f for f in folders if ckpt.step_of(f) < begin), key=ckpt.step_of, reverse=True)
         within = sorted((f for f in folders if begin <= ckpt.step_of(f) < first), key=ckpt.step_of)

@@ -45,8 +45,12 @@ def find_start(config: Config, mesh: Mesh, resume: str, rollbacks: Sequence[Roll
     but become another one.
     """
     root = checkpoints_folder(config)
-    remove_undone(root, mesh, rollbacks)
-    found = ckpt.candidates(root)
+
+    def candidates() -> list[Path]:
+        remove_undone(root, rollbacks)
+        return ckpt.candidates(root)
+
+    found = mesh.tell(candidates)
     if resume == "never" and found:
         raise ValueError(f"{root} already has checkpoints: set another run_dir, or leave out --resume never")
     if resume not in ("auto", "never"):

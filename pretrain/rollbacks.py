@@ -12,9 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
-from ..parallel.mesh import Mesh
 from . import checkpoint as ckpt
 from .config import Config
 from .files import explain, write_text
@@ -85,23 +82,6 @@ def read(run_dir: Path | str) -> tuple[Rollback, ...]:
     return tuple(found)
 
 
-def read_everywhere(run_dir: Path | str, mesh: Mesh) -> tuple[Rollback, ...]:
-    """``read`` on the writer, and told to all ranks: a file system may show others an older file; collective."""
-    told: list[Any] = [(), None]
-    if mesh.is_writer:
-        try:
-            told[0] = read(run_dir)
-        except ValueError as error:
-            told[1] = error
-        except OSError as error:
-            told[1] = OSError(explain(error))
-    if mesh.size > 1:
-        dist.broadcast_object_list(told, src=0, device=mesh.device)
-    if told[1] is not None:
-        raise told[1]
-    return tuple(told[0])
-
-
 def add(run_dir: Path | str, rollback: Rollback) -> None:
     """Record a rollback, on the disk when this returns: first what is undone by it, then the line that counts.  OSError
     where that fails; nothing has happened then."""
@@ -156,20 +136,15 @@ def is_undone(folder: Path, rollbacks: Sequence[Rollback]) -> bool:
     return any(manifest.step > rollback.checkpoint_step for rollback in later)
 
 
-def remove_undone(root: Path, mesh: Mesh, rollbacks: Sequence[Rollback]) -> None:
-    """Remove the checkpoints that rollbacks have undone; collective.  OSError where one cannot be removed."""
-    if not rollbacks:
+def remove_undone(root: Path, rollbacks: Sequence[Rollback]) -> None:
+    """Remove the checkpoints that rollbacks have undone.  OSError where one cannot be removed."""
+    undone = [folder for folder in ckpt.steps(root) if is_undone(folder, rollbacks)] if rollbacks else []
+    if not undone:
         return
-    problem = None
-    if mesh.is_writer:
-        try:
-            undone = [folder for folder in ckpt.steps(root) if is_undone(folder, rollbacks)]
-            if undone:
-                ckpt.undo(root, undone)
-        except OSError as error:
-            problem = explain(error)
-    if (problem := mesh.first_problem(problem)) is not None:
-        raise OSError(f"what a rollback has undone cannot be removed: {problem}")
+    try:
+        ckpt.undo(root, undone)
+    except OSError as error:
+        raise OSError(error.errno, f"what a rollback has undone cannot be removed: {explain(error)}") from None
 
 
 def table(rollbacks: Sequence[Rollback]) -> str:

@@ -19,7 +19,7 @@ from .losses import Counts, LossFunction
 from .metrics import MetricsWriter, SpikeMetrics, StepMetrics
 from .objectives import Objective
 from .resume import Start, describe_layout, find_start, layout_of
-from .rollbacks import Rollback, read_everywhere, with_skips
+from .rollbacks import Rollback, read, with_skips
 from .rounds import Rounds
 from .saving import Saving
 from .watch import largest
@@ -42,7 +42,7 @@ def train(config: Config, *, resume: str = "auto", stop_after: int | None = None
             with leased(Path(config.run_dir), mesh) as lease:
                 evaluation = Evaluation(config, mesh, vocabulary)
                 while True:
-                    rollbacks = read_everywhere(config.run_dir, mesh)
+                    rollbacks = mesh.tell(functools.partial(read, config.run_dir))
                     config = with_skips(config, rollbacks)
                     start = find_start(config, mesh, resume, rollbacks)
                     try:

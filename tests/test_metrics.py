@@ -191,6 +191,24 @@ def test_tensorboard_has_each_step_once_after_a_resume(tmp_path: Path) -> None:
     assert "    model:\n      hidden_size: 8" in text
 
 
+def test_tensorboard_marks_where_a_run_has_gone_back(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with writer(tmp_path, tensorboard=True) as metrics:
+        for step in (1, 2, 3):
+            metrics.train(step_metrics(step))
+    with writer(tmp_path, tensorboard=True, resumed_step=1) as metrics:
+        metrics.rollbacks(1, "| rollback |")
+        metrics.train(step_metrics(2))
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("spikes/rollbacks")] == [(1, 1.0)]
+    text = events.Tensors("rollbacks/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert text == "| rollback |"
+    with writer(tmp_path, is_writer=False, tensorboard=True) as metrics:
+        metrics.rollbacks(1, "")
+
+
 @pytest.mark.parametrize(
     ("name", "peak"),
     [

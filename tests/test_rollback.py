@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -224,12 +225,30 @@ def without_checkpoints(values: dict[str, Any]) -> None:
 
 
 def test_without_a_good_checkpoint_the_run_goes_on(start, tmp_path):
-    overrides = {"checkpoint.asynchronous": False}
+    overrides = {"checkpoint.asynchronous": False, "spikes.window": 6}  # all three steps are out of line
     error, said = start("run", overrides, at_step=8, then=without_checkpoints.__name__)
     assert error is None and not (tmp_path / "run/rollbacks.jsonl").exists()
     (line,) = [line for line in said if "no rollback" in line]
     assert "step 10" in line and "no whole checkpoint is left from before step 9: the run goes on" in line
     assert [loss > 50 for loss, _ in Run(tmp_path / "run").steps()] == [9 <= step <= 11 for step in range(1, STEPS + 1)]
+
+
+def with_a_full_disk(values: dict[str, Any]) -> None:
+    from farspan.pretrain import rollbacks
+
+    def write(path: Path, text: str) -> None:
+        raise OSError(28, os.strerror(28), str(path))
+
+    rollbacks.write_text = write
+
+
+def test_what_cannot_be_recorded_is_not_done(start, ranks, tmp_path):
+    error, said = start("run", {}, at_step=8, then=with_a_full_disk.__name__)
+    ranks.stop()  # the disk of that process stays full
+    assert error is None and not (tmp_path / "run/rollbacks.jsonl").exists()
+    (line,) = [line for line in said if "no rollback" in line]
+    assert "it cannot be recorded" in line and "No space left on device" in line
+    assert [line["step"] for line in lines(tmp_path / "run") if "lr" in line] == list(range(1, STEPS + 1))
 
 
 def test_before_the_first_checkpoint_it_begins_anew(start, ranks, tmp_path):
@@ -378,3 +397,19 @@ def test_killed_in_the_midst(ranks, start, prepared, tmp_path):
         assert not list((folder / "checkpoints").glob(".step-*"))
         shutil.rmtree(folder)
     assert number > 10 and set(moments) == {False, True}, moments
+
+
+@pytest.mark.parametrize("sign", ["undone.jsonl", "rollbacks.jsonl"])
+def test_all_ranks_killed_in_the_midst(ranks, start, prepared, tmp_path, sign):
+    two = {"parallel.data": 2}
+    assert start("whole", two)[0] is None
+    ranks.begin(train_poisoned, settings(prepared, tmp_path / "run", STEPS, COMMON | two), count=2)
+    end = time.monotonic() + 60
+    while not (tmp_path / "run" / sign).exists():
+        assert time.monotonic() < end and not ranks.answered(), "there was no rollback"
+        time.sleep(0.001)
+    assert ranks.stop()[:2] == [-9, -9]
+    assert len(lines(tmp_path / "run")) < len(lines(tmp_path / "whole"))
+    assert start("run", two)[0] is None
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert len(records(tmp_path / "run")) == 1

@@ -35,12 +35,7 @@ class OpenFiles:
     def read(self, path: Path, begin: int, end: int) -> bytes:
         """These bytes; fewer where the file ends before.  OSError where they cannot be read."""
         with self._lock:
-            descriptor = self._open.pop(path, None)
-            if descriptor is None:
-                while len(self._open) >= self._limit:
-                    os.close(self._open.popitem(last=False)[1])
-                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            self._open[path] = descriptor
+            descriptor = self._descriptor(path)
             content = os.pread(descriptor, end - begin, begin)
             while len(content) < end - begin:  # a large read comes in parts
                 more = os.pread(descriptor, end - begin - len(content), begin + len(content))
@@ -48,6 +43,20 @@ class OpenFiles:
                     break
                 content += more
             return content
+
+    def size(self, path: Path) -> int:
+        """Of a file, in bytes; OSError where it cannot be opened."""
+        with self._lock:
+            return os.fstat(self._descriptor(path)).st_size
+
+    def _descriptor(self, path: Path) -> int:
+        descriptor = self._open.pop(path, None)
+        if descriptor is None:
+            while len(self._open) >= self._limit:
+                os.close(self._open.popitem(last=False)[1])
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._open[path] = descriptor
+        return descriptor
 
     def __del__(self) -> None:
         for descriptor in self._open.values():
@@ -69,7 +78,7 @@ class Shard:
         self._verified = np.zeros(-(-self._bytes // BLOCK), bool)
         if checksums is None:
             self._verified[:] = True
-        size = path.stat().st_size if path.is_file() else None
+        size = files.size(path) if path.is_file() else None  # a pipe would be waited for
         if size != self._bytes:
             found = "is missing" if size is None else f"has {size} bytes"
             raise ValueError(f"shard {path} {found}, dataset.json says {self._bytes} bytes: prepare the data again")

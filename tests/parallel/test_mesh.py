@@ -27,6 +27,27 @@ def test_tensor_ranks_are_neighbours(ranks):
     assert [place for place, *_ in found] == [[0, 0, 0, 0], [0, 0, 1, 0], [0, 1, 0, 1], [0, 1, 1, 1]]
 
 
+def told(mesh):
+    """What the writer finds, though others would find something else; and what it raises."""
+    found = [mesh.tell(lambda: f"rank {mesh.rank}")]
+    for error in (ValueError("no such thing"), OSError(28, "full", "a file")):
+        try:
+            mesh.tell(lambda error=error: fail(error) if mesh.is_writer else "fine")
+        except (ValueError, OSError) as raised:
+            found.append((type(raised), str(raised)))
+    return found
+
+
+def fail(error):
+    raise error
+
+
+def test_what_the_writer_finds_is_told_to_all(ranks):
+    expected = ["rank 0", (ValueError, "no such thing"), (OSError, "[Errno 28] full: 'a file'")]
+    assert ranks.on_mesh(told, tensor=2) == [expected] * 2
+    assert told(Mesh.solo()) == expected
+
+
 def create_wrongly():
     import torch.distributed as dist
 
