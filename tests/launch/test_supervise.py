@@ -145,9 +145,7 @@ def test_what_a_killed_agent_leaves_is_ended(tmp_path: Path) -> None:
 
 
 def test_it_gives_up_where_nothing_comes_of_it(tmp_path: Path) -> None:
-    run = Supervised(tmp_path, agent("raise SystemExit(1)", "rank.wait(); time.sleep(1); sys.exit(1)"), fruitless=1)
-    note = 'import json, os; open(os.environ["FARSPAN_ENDINGS"] + "/rank-00000.json", "w").write(json.dumps({}))'
-    del note
+    run = Supervised(tmp_path, agent("import time; time.sleep(2); raise SystemExit(1)", "sys.exit(rank.wait())"), fruitless=1)
     code, error = run.finish()
     assert code == 1 and "2 starts in a row brought no new checkpoint" in error
     assert len(run.told()) == 4
