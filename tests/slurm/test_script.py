@@ -63,7 +63,11 @@ def test_the_script_is_one_that_slurm_takes(environment: dict[str, str], tmp_pat
 def test_what_cannot_run_is_told(environment: dict[str, str], tmp_path: Path) -> None:
     script = dry_run("--nodes", "2", "--gpus-per-node", "8", "--time", "60")
     assert test_only(script, tmp_path, environment).returncode == 0
-    for line, instead in (("--nodes=2", "--nodes=1025"), ("--gpus-per-node=8", "--gpus-per-node=9"), ("--time=60", "--time=x")):
+    for line, instead in (
+        ("--nodes=2", "--nodes=1025"),
+        ("--gpus-per-node=8", "--gpus-per-node=9"),
+        ("--time=60", "--time=x"),
+    ):
         assert line in script
         assert test_only(script.replace(line, instead), tmp_path, environment).returncode != 0
 
