@@ -49,6 +49,7 @@ def test_the_modules_and_nothing_else(wheel: zipfile.ZipFile) -> None:
         modules |= {path.relative_to(ROOT).as_posix() for path in (ROOT / layer).rglob("*.py")}
     for kind in ("*.cu", "*.cuh", "*.cpp", "*.h"):  # what kernels are built from
         modules |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "kernels").rglob(kind)}
+    modules.add("launch/slurm.sbatch")  # what `farspan launch slurm` fills in
     metadata = {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "top_level.txt", "licenses/LICENSE"}
     expected = {f"farspan/{path}" for path in modules} | {f"{DIST_INFO}/{path}" for path in metadata}
     # Recipes, the quickstart's text and shell scripts stay in the clone: they are examples to copy and change, and a

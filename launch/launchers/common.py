@@ -66,7 +66,7 @@ def add_supervision(parser: argparse.ArgumentParser) -> None:
         type=count,
         default=3,
         metavar="N",
-        help="starts again in a row without a new checkpoint before giving up (3); 0: never start again",
+        help="failures in a row without a new checkpoint before giving up (3)",
     )
 
 

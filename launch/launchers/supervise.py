@@ -120,7 +120,8 @@ class _Supervisor:
             if code is None:
                 if now.step > before.step:
                     fruitless, failures = 0, 0
-                fruitless += outcome.had_ranks
+                else:
+                    fruitless += outcome.had_ranks
                 if fruitless > self._limits.fruitless:
                     say(f"{fruitless} starts in a row brought no new checkpoint (exit code {outcome.code}): given up")
                     code = outcome.code if outcome.code not in (DONE, STOPPED) else FAULT

@@ -38,7 +38,10 @@ sys.exit(supervise(Launcher("agent", command), progress, limits, run_dir=folder 
 AGENT = """
 import os, pathlib, signal, subprocess, sys, time
 folder = pathlib.Path(__file__).parent
-rank = subprocess.Popen([sys.executable, "-c", RANK], env={**os.environ, "RANK": "0"}, cwd=folder, start_new_session=True)
+def start():
+    environ = {**os.environ, "RANK": "0"}
+    return subprocess.Popen([sys.executable, "-c", RANK], env=environ, cwd=folder, start_new_session=True)
+rank = start()
 signal.signal(signal.SIGTERM, lambda *_: (rank.kill(), os._exit(9)))
 """
 
@@ -126,8 +129,7 @@ def test_a_signal_before_there_are_ranks_ends_it(tmp_path: Path) -> None:
 
 
 def test_ranks_that_an_agent_starts_after_a_signal_are_ended(tmp_path: Path) -> None:
-    then = "rank.wait()\nrank = subprocess.Popen([sys.executable, '-c', RANK], env={**os.environ, 'RANK': '0'}, cwd=folder)"
-    run = Supervised(tmp_path, agent(SAVES, f"{then}\nsys.exit(rank.wait())"))
+    run = Supervised(tmp_path, agent(SAVES, "rank.wait()\nrank = start()\nsys.exit(rank.wait())"))
     run.wait_for("pid")
     run.process.send_signal(signal.SIGUSR1)
     code, _ = run.finish()
@@ -145,9 +147,9 @@ def test_what_a_killed_agent_leaves_is_ended(tmp_path: Path) -> None:
 
 
 def test_it_gives_up_where_nothing_comes_of_it(tmp_path: Path) -> None:
-    run = Supervised(tmp_path, agent("raise SystemExit(1)", "rank.wait(); time.sleep(1); sys.exit(1)"), fruitless=1)
-    note = 'import json, os; open(os.environ["FARSPAN_ENDINGS"] + "/rank-00000.json", "w").write(json.dumps({}))'
-    del note
+    run = Supervised(
+        tmp_path, agent("import time; time.sleep(2); raise SystemExit(1)", "sys.exit(rank.wait())"), fruitless=1
+    )
     code, error = run.finish()
     assert code == 1 and "2 starts in a row brought no new checkpoint" in error
     assert len(run.told()) == 4
@@ -173,7 +175,8 @@ def test_last_words_of_the_users_concern_end_it(tmp_path: Path) -> None:
     rank = """
     import json, os
     path = os.path.join(os.environ["FARSPAN_ENDINGS"], "rank-00000.json")
-    open(path, "w").write(json.dumps({"rank": 0, "code": 2, "time": 1.0, "kind": "ValueError", "message": "no such key"}))
+    said = {"rank": 0, "code": 2, "time": 1.0, "kind": "ValueError", "message": "no such key"}
+    open(path, "w").write(json.dumps(said))
     """
     run = Supervised(tmp_path, agent(rank, "time.sleep(100)"))
     code, error = run.finish()

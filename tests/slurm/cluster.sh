@@ -2,6 +2,7 @@
 # A real SLURM of two nodes on one machine, from Debian's packages, as root, beside whatever else runs there:
 #
 #   cluster.sh start FOLDER     its own configuration, ports, munge; prints the variables to export
+#   cluster.sh large FOLDER     a controller alone that knows 1,024 nodes with 8 GPUs each: for sbatch --test-only
 #   cluster.sh kill FOLDER N    slurmd of node N gets SIGKILL: the node is lost
 #   cluster.sh revive FOLDER N  it comes back
 #   cluster.sh stop FOLDER      nothing is left
@@ -10,8 +11,8 @@
 set -euo pipefail
 
 command=${1:-} base=${2:-} node=${3:-}
-[[ $command =~ ^(start|kill|revive|stop)$ && $base == /* ]] || {
-  echo "usage: $0 start|kill|revive|stop FOLDER [NODE], FOLDER an absolute path" >&2
+[[ $command =~ ^(start|large|kill|revive|stop)$ && $base == /* ]] || {
+  echo "usage: $0 start|large|kill|revive|stop FOLDER [NODE], FOLDER an absolute path" >&2
   exit 2
 }
 export SLURM_CONF=$base/slurm.conf
@@ -32,14 +33,13 @@ daemon() { # whoever waits for the end of this script's output does not wait for
   "$@" </dev/null >>"$base/log/started" 2>&1
 }
 
-start() {
+prepare() {
   [[ $(id -u) == 0 ]] || unavailable "it needs root"
   if ! command -v slurmctld slurmd munged sbatch >/dev/null; then
     command -v apt-get >/dev/null || unavailable "no slurmctld, slurmd or munged, and no apt-get"
     { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq slurm-wlm munge; } >/dev/null 2>&1 ||
       unavailable "apt-get cannot install slurm-wlm and munge"
   fi
-  local host
   host=$(hostname -s)
   mkdir -p "$base"/{state,spool,log,munge}
   # Nodes have names of their own, which must have addresses.  /etc/hosts may be a mount: it is written, not replaced.
@@ -82,11 +82,28 @@ KillWait=10
 SlurmdTimeout=20
 ReturnToService=2
 TCPTimeout=5
+CONF
+}
+
+controller() {
+  daemon slurmctld -f "$SLURM_CONF"
+  for _ in $(seq 100); do
+    scontrol ping >/dev/null 2>&1 && return
+    sleep 0.2
+  done
+  tail -n 20 "$base"/log/* >&2
+  stop
+  unavailable "the controller did not come up"
+}
+
+start() {
+  prepare
+  cat >>"$SLURM_CONF" <<CONF
 NodeName=${names[0]} NodeHostname=$host NodeAddr=127.0.0.1 Port=$(free_port) CPUs=$(nproc --all) RealMemory=1024
 NodeName=${names[1]} NodeHostname=$host NodeAddr=127.0.0.1 Port=$(free_port) CPUs=$(nproc --all) RealMemory=1024
 PartitionName=main Nodes=$(IFS=,; echo "${names[*]}") Default=YES MaxTime=INFINITE State=UP
 CONF
-  daemon slurmctld -f "$SLURM_CONF"
+  controller
   for name in "${names[@]}"; do daemon slurmd -f "$SLURM_CONF" -N "$name"; done
   for _ in $(seq 60); do
     [[ $(sinfo -h -t idle -o %D 2>/dev/null) == "${#names[@]}" ]] && { echo "SLURM_CONF=$SLURM_CONF"; return; }
@@ -95,6 +112,21 @@ CONF
   tail -n 20 "$base"/log/* >&2
   stop
   unavailable "the nodes did not come up"
+}
+
+large() {
+  prepare
+  cat >>"$SLURM_CONF" <<CONF
+GresTypes=gpu
+# Nodes that could be powered up: the only ones that it plans with though they have never answered.
+SuspendProgram=/bin/true
+ResumeProgram=/bin/true
+SuspendTime=3600
+NodeName=large[1-1024] State=CLOUD Sockets=2 CoresPerSocket=64 RealMemory=1000000 Gres=gpu:8
+PartitionName=main Nodes=large[1-1024] Default=YES MaxTime=INFINITE State=UP
+CONF
+  controller
+  echo "SLURM_CONF=$SLURM_CONF"
 }
 
 end() { # of a daemon, by its own file
@@ -135,6 +167,7 @@ stop() {
 
 case $command in
 start) start ;;
+large) large ;;
 kill) end "$base/${names[node - 1]}.pid" KILL ;;
 revive) daemon slurmd -f "$SLURM_CONF" -N "${names[node - 1]}" ;;
 stop) stop ;;

@@ -10,7 +10,6 @@ import json
 import math
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -240,16 +239,3 @@ def test_a_user_error_ends_it_for_good(run: Trained, tmp_path: Path) -> None:
     run.wait(lambda: not run.cluster.jobs(), "the end")
     assert len(run.told("start")) == 1
     assert run.told("end")[0]["then"] == "none" and "nowhere" in run.told("end")[0]["why"]
-
-
-@pytest.mark.parametrize("nodes", [1, 2])
-def test_the_parser_takes_the_script(run: Trained, cluster: Cluster, tmp_path: Path, nodes: int) -> None:
-    command = [*SLOW, "launch", "slurm", "--dry-run", "--nodes", str(nodes), "--time", "1-0", "--until-done"]
-    command += ["--mem", "100M", "--sbatch", "comment=a b", str(run.config)]
-    ended = subprocess.run(command, capture_output=True, text=True, env=cluster.environment)
-    script = tmp_path / "script"
-    script.write_text(ended.stdout)
-    tested = subprocess.run(["sbatch", "--test-only", script], capture_output=True, text=True, env=cluster.environment)
-    assert tested.returncode == 0, tested.stderr
-    assert f"using {nodes * 1 if nodes == 2 else 2} processors" in tested.stderr
-    assert not shutil.which("false") or not run.folder.exists()
