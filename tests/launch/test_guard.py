@@ -10,13 +10,14 @@ import subprocess
 import sys
 import textwrap
 import time
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 from faults import Member, alive, members, state, until, until_gone
 
-from farspan.launch import hang_report
+from farspan.launch import guard, hang_report
 from farspan.launch.exit_codes import HUNG
 from farspan.launch.local import run_ranks
 
@@ -201,8 +202,9 @@ def test_time_in_which_all_stand_still_is_nobodys_silence(start, tmp_path):
     """)
     rank.marked("lives")
     both = rank.member()
-    for pid in (both.pid, both.guard):
-        os.kill(pid, signal.SIGSTOP)
+    both.stop()
+    time.sleep(HANG / 4)  # the guard has seen its last sign of life
+    os.kill(both.guard, signal.SIGSTOP)
     time.sleep(3 * HANG)
     os.kill(both.guard, signal.SIGCONT)
     time.sleep(0.1)
@@ -280,12 +282,33 @@ def test_where_nothing_can_be_written_the_rank_is_ended_all_the_same(start, tmp_
         time.sleep(1.5)  # until the guard has seen that there was none before
         (tmp_path / "hangs/here").mkdir(parents=True)
         os.mkfifo(tmp_path / "hangs/here/.rank-00000.txt.tmp")
-        (tmp_path / "hangs/.1").symlink_to("here")
+        (tmp_path / "hangs/.claims").mkdir()
+        (tmp_path / "hangs/.claims/1").symlink_to("here")
     ended, error = rank.end(60.0)
     assert ended == HUNG
     assert "the run hangs at rank 0 of 1" in error
     assert f"nothing can be written to {tmp_path}/hangs; the main thread's stack:\n  File" in error
     assert "in hang\n" in error
+
+
+def test_on_a_gpu_the_flight_record_is_kept(tmp_path, monkeypatch):
+    """Where CUDA runs, what NCCL recorded; elsewhere nothing is asked for."""
+    asked: list[dict[str, bool]] = []
+
+    def dump(**options: bool) -> bytes:
+        asked.append(options)
+        return b"a record"
+
+    for initialized, files in ((False, []), (True, ["flight-record-3"])):
+        bindings = types.SimpleNamespace(_distributed_c10d=types.SimpleNamespace(_dump_nccl_trace=dump))
+        cuda = types.SimpleNamespace(is_initialized=lambda initialized=initialized: initialized)
+        monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(cuda=cuda, _C=bindings))
+        guard._write_flight_record(str(tmp_path), 3)
+        assert [path.name for path in tmp_path.iterdir()] == files
+    assert (tmp_path / "flight-record-3").read_bytes() == b"a record"
+    assert asked == [{"includeCollectives": True, "includeStackTraces": False}]
+    guard._write_flight_record("", 3)  # there is no folder
+    assert len(asked) == 1
 
 
 # Several ranks.
@@ -351,7 +374,9 @@ with alive.phase("training"):
     assert first.startswith("the run hangs at rank 1 of 3") and "outside of any collective" in first
     assert "in hold_the_gil" in first
     assert last.startswith("rank 2 of 3") and last.endswith("; waits for rank 1")
-    assert "memory" not in capfd.readouterr().err
+    error = capfd.readouterr().err
+    assert f"farspan: the run hung, its guards ended it (exit code {HUNG})" in error
+    assert "exited with code" not in error and "memory" not in error
 
 
 def test_a_second_hang_of_a_run_has_a_folder_of_its_own(tmp_path):
