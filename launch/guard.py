@@ -18,8 +18,17 @@ from .exit_codes import HUNG
 from .guard_process import STACKS_SIGNAL
 from .parent import die_with
 
-# No site-packages before the standard library, no environment variables: what the guard imports is what Python has.
-_PROGRAM = "import sys; sys.path.append({root!r}); from farspan.launch.guard_process import main; main()"
+# Nothing that is installed, no environment variables: what the guard imports is what Python has, and this package, from
+# where it lies, whatever its folder is called.
+_PROGRAM = """\
+import sys
+from importlib import util
+spec = util.spec_from_file_location("farspan", {root!r} + "/__init__.py", submodule_search_locations=[{root!r}])
+sys.modules["farspan"] = package = util.module_from_spec(spec)
+spec.loader.exec_module(package)
+from farspan.launch.guard_process import main
+main()
+"""
 
 
 class Guard:
@@ -33,7 +42,7 @@ class Guard:
         reader, writer = os.pipe()
         arguments = {"rank": rank, "world": world, "parent": os.getpid()}
         arguments |= {"record": record, "stacks": self._stacks, "pipe": writer}
-        program = _PROGRAM.format(root=str(Path(__file__).resolve().parents[2]))
+        program = _PROGRAM.format(root=str(Path(__file__).resolve().parents[1]))
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", program, json.dumps(arguments)],
             stdin=subprocess.DEVNULL,
@@ -60,6 +69,8 @@ class Guard:
 
     def stop(self) -> None:
         """End the guard; the process goes on without one."""
+        if self._stopping:
+            return
         self._stopping = True
         heartbeat.use(Heartbeat())
         self._process.kill()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 from faults import Member, alive, members, state, until, until_gone
 
+import farspan
 from farspan.launch import guard, hang_report
 from farspan.launch.exit_codes import HUNG
 from farspan.launch.local import run_ranks
@@ -248,6 +250,26 @@ def test_signals_for_the_whole_job_do_not_end_it(start, tmp_path, number):
     assert only_hang(tmp_path)
 
 
+def test_a_clone_of_any_name_has_guards(tmp_path):
+    """The package's folder need not be called like the package."""
+    root = Path(farspan.__file__).parent
+    clone = tmp_path / "my clone"
+    for path in (path for part in ("*.py", "launch/*.py", "pretrain/*.py") for path in root.glob(part)):
+        (clone / path.relative_to(root)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, clone / path.relative_to(root))
+    load = f"""
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("farspan", {str(clone / "__init__.py")!r})
+sys.modules["farspan"] = package = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(package)
+"""
+    script = load + PRELUDE.format(hang=HANG, timeout=60.0) + "with alive.phase('training'): hang()"
+    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "1"}
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    assert subprocess.run(command, env=environment, timeout=PATIENCE, check=False).returncode == HUNG
+    assert str(clone) in report(tmp_path)[0]
+
+
 def test_its_end_is_said_and_the_rank_goes_on(start):
     rank = start("mark('here')\nlive(1.0)\nprint('goes on')")
     rank.marked("here")
@@ -314,6 +336,10 @@ def test_on_a_gpu_the_flight_record_is_kept(tmp_path, monkeypatch):
 # Several ranks.
 
 TOGETHER = """
+mark("here")
+while len(list(pathlib.Path(run_dir).glob("here-*"))) < world:
+    time.sleep(0.01)
+time.sleep(0.5)  # every guard has its settings
 def waits_with(rank, number):
     slot, name = alive.group("7", "world", list(range(world))), alive.name("all_reduce float32")
     for n in range(1, number + 1):
@@ -332,7 +358,6 @@ def test_of_several_ranks_the_stopped_one_is_named(tmp_path, capfd, stopped):
         TOGETHER
         + f"""
 with alive.phase("training"):
-    mark("here")
     if rank == {stopped}:
         threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGSTOP)).start()
     waits_with(rank, 5)
@@ -380,7 +405,7 @@ with alive.phase("training"):
 
 
 def test_a_second_hang_of_a_run_has_a_folder_of_its_own(tmp_path):
-    script = "with alive.phase('training'): hang()"
+    script = TOGETHER + "with alive.phase('training'): hang()"
     for count in (1, 2):
         assert run_ranks([str(tmp_path)], 2, command=program(script)) == HUNG
         folders = [path for path in (tmp_path / "hangs").iterdir() if not path.name.startswith(".")]
@@ -388,7 +413,9 @@ def test_a_second_hang_of_a_run_has_a_folder_of_its_own(tmp_path):
         assert all(
             {p.name for p in f.iterdir()} == {"rank-00000.txt", "rank-00001.txt", "summary.txt"} for f in folders
         )
-        time.sleep(1.0)
+        for path in tmp_path.glob("here-*"):
+            path.unlink()
+        time.sleep(1.0)  # the names have seconds
 
 
 # The finding, without processes.
@@ -438,6 +465,10 @@ def test_who_is_named() -> None:
     assert found(*low, *chain) == [3]
     # A message that was not sent.
     assert found(made(0, begun={"all": 8}), made(1, waits=("0>1", 3), begun={"all": 8}), *wait_all[2:]) == [0]
+    # All outside, as on a GPU, where a collective that was launched is over for the rank: one has launched fewer.
+    launched = [made(rank, begun={"all": 9}) for rank in range(3)]
+    assert found(*launched, made(3, begun={"all": 8})) == [3]
+    assert found(*launched, made(3, begun={"all": 9})) == [0, 1, 2, 3]
     # In two collectives at once: they wait for each other.
     assert found(*low, *[made(r, waits=("high", 5), begun={"all": 8}) for r in (2, 3)]) == [2, 3]
 
