@@ -197,17 +197,14 @@ def test_a_start_that_takes_too_long_is_a_hang(start, tmp_path):
 
 def test_time_in_which_all_stand_still_is_nobodys_silence(start, tmp_path):
     """A job that is suspended: the guard too is stopped."""
-    rank = start("""
-        mark("lives")
-        with alive.phase("training"):
-            live(2.0)
-    """)
+    rank = start("mark('lives')\nwith alive.phase('training'): live(7.0)", hang=3.0)
     rank.marked("lives")
     both = rank.member()
+    time.sleep(1.0)
     both.stop()
-    time.sleep(HANG / 4)  # the guard has seen its last sign of life
+    time.sleep(0.6)  # the guard has seen its last sign of life
     os.kill(both.guard, signal.SIGSTOP)
-    time.sleep(3 * HANG)
+    time.sleep(4.0)
     os.kill(both.guard, signal.SIGCONT)
     time.sleep(0.1)
     both.go_on()
