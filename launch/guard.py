@@ -18,12 +18,14 @@ from .exit_codes import HUNG
 from .guard_process import STACKS_SIGNAL
 from .parent import die_with
 
-# No site-packages before the standard library, no environment variables: what the guard imports is what Python has.
-# The folder of the package may have any name (an editable installation of a clone).
-_PROGRAM = """
-import sys, types
-package = sys.modules["farspan"] = types.ModuleType("farspan")
-package.__path__ = [{root!r}]
+# Nothing that is installed, no environment variables: what the guard imports is what Python has, and this package, from
+# where it lies, whatever its folder is called.
+_PROGRAM = """\
+import sys
+from importlib import util
+spec = util.spec_from_file_location("farspan", {root!r} + "/__init__.py", submodule_search_locations=[{root!r}])
+sys.modules["farspan"] = package = util.module_from_spec(spec)
+spec.loader.exec_module(package)
 from farspan.launch.guard_process import main
 main()
 """
@@ -67,6 +69,8 @@ class Guard:
 
     def stop(self) -> None:
         """End the guard; the process goes on without one."""
+        if self._stopping:
+            return
         self._stopping = True
         heartbeat.use(Heartbeat())
         self._process.kill()

@@ -28,6 +28,7 @@ from .hang_report import Report
 
 STACKS_SIGNAL = signal.SIGRTMIN + 3  # nobody else's, we hope: SIGUSR1 asks to save, schedulers send SIGUSR2
 FOLDER = "hangs"
+_CLAIMS = ".claims"  # in it: 1, 2, ... for the run's first hang, its second, ...
 PATIENCE_SECONDS = 10.0  # for the reports of other ranks
 _LIMIT_SECONDS = 1800.0  # until the configuration has been read
 _POLL_SECONDS = 1.0
@@ -101,13 +102,13 @@ class Guard:
         self.settings = self.record.settings()
         hangs = self.hangs
         if hangs is not None:
-            self._claims = within(_WRITE_SECONDS, lambda: len(_claims(hangs)))
+            self._claims = within(_WRITE_SECONDS, lambda: len(list((hangs / _CLAIMS).glob("*"))))
 
     # All guards of a run write to the same folder: the first makes a link to it whose name all can tell beforehand.
 
     @property
     def _claim(self) -> Path | None:
-        return None if self.hangs is None or self._claims is None else self.hangs / f".{self._claims + 1}"
+        return None if self.hangs is None or self._claims is None else self.hangs / _CLAIMS / str(self._claims + 1)
 
     def _others_claim(self) -> bool:
         claim = self._claim
@@ -123,6 +124,7 @@ class Guard:
         name = time.strftime("%Y-%m-%dT%H-%M-%SZ", time.gmtime())
         if self._claim is not None:
             with contextlib.suppress(OSError):  # it is there, or the file system has no links
+                self._claim.parent.mkdir(exist_ok=True)
                 self._claim.symlink_to(name)
             with contextlib.suppress(OSError):
                 name = str(self._claim.readlink())
@@ -265,10 +267,6 @@ def _kernel_function(task: Path) -> str:
     with contextlib.suppress(OSError):
         return (task / "wchan").read_text().strip() or "-"
     return "-"
-
-
-def _claims(hangs: Path) -> list[str]:
-    return [path.name for path in hangs.glob(".*") if path.name[1:].isdigit()] if hangs.is_dir() else []
 
 
 def _write(path: Path, text: str) -> bool:

@@ -128,8 +128,9 @@ def waits_for(report: Report, reports: Mapping[int, Report]) -> list[int] | None
 def culprits(reports: Mapping[int, Report], world: int) -> dict[int, str]:
     """{rank: why it holds up the others}: the first of these that there is.
 
-    Ranks whose process is stopped; ranks without a report; ranks that hang in a disk; ranks outside of any collective;
-    ranks that others wait for while they wait elsewhere themselves, those first that have come least far.
+    Ranks whose process is stopped; ranks without a report; ranks that hang in a disk; ranks outside of any collective
+    that have begun fewer than others, or else all outside; ranks that others wait for while they wait elsewhere
+    themselves, those first that have come least far.
     """
     states = {rank: report["process"]["state"] for rank, report in reports.items()}
     if found := {rank: STATES[state] for rank, state in states.items() if state in STOPPED}:
@@ -139,9 +140,10 @@ def culprits(reports: Mapping[int, Report], world: int) -> dict[int, str]:
     if found := {rank: STATES[state] for rank, state in states.items() if state == "D"}:
         return found
     waiting = {rank: waits_for(report, reports) for rank, report in reports.items()}
-    outside = {rank: _where(reports[rank]) for rank, ranks in waiting.items() if ranks is None}
+    outside = [rank for rank, ranks in waiting.items() if ranks is None]
     if outside:
-        return outside
+        late = [rank for rank in outside if _is_behind(reports[rank], reports)]
+        return {rank: _where(reports[rank]) for rank in late or outside}
     wanted = {rank for ranks in waiting.values() for rank in ranks or ()}
     if not wanted:  # all have come, and still wait: nobody is late, something between them is broken
         return dict.fromkeys(waiting, "all its partners have come to the collective it waits in: look at the network")
@@ -151,6 +153,13 @@ def culprits(reports: Mapping[int, Report], world: int) -> dict[int, str]:
         for rank in sorted(wanted)
         if steps[rank] == min(steps.values())
     }
+
+
+def _is_behind(report: Report, reports: Mapping[int, Report]) -> bool:
+    """Whether another rank has begun more collectives of a group that both are in."""
+    groups = report["record"]["groups"]
+    others = (other["record"]["groups"] for other in reports.values())
+    return any(groups[key]["begun"] < other[key]["begun"] for other in others for key in groups.keys() & other.keys())
 
 
 def _where(report: Report) -> str:

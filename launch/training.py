@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,27 +69,33 @@ def run(args: argparse.Namespace) -> int:
 
 def _be_rank(args: argparse.Namespace, environment: RankEnvironment, config: Config | None = None) -> int:
     """``config``: where it has been read."""
-    guard = _start_guard(environment)
-    apply(environment)
-    network.prepare(environment)
-    config = config or _config_of(args)
-    check_address(environment)
-    if guard is not None:
-        health, seconds = config.health, config.training.timeout_seconds
-        guard.configure(run_dir=config.run_dir, hang_seconds=health.hang_seconds, timeout_seconds=seconds)
-    from ..pretrain.train import train
+    with _guarded(environment) as guard:
+        apply(environment)
+        network.prepare(environment)
+        config = config or _config_of(args)
+        check_address(environment)
+        if guard is not None:
+            health, seconds = config.health, config.training.timeout_seconds
+            guard.configure(run_dir=config.run_dir, hang_seconds=health.hang_seconds, timeout_seconds=seconds)
+        from ..pretrain.train import train
 
-    stopped = train(config, resume=args.resume, stop_after=args.stop_after) is not None
+        stopped = train(config, resume=args.resume, stop_after=args.stop_after) is not None
     return exit_codes.of_stop(environment.rank) if stopped else exit_codes.DONE
 
 
-def _start_guard(environment: RankEnvironment) -> Guard | None:
+@contextlib.contextmanager
+def _guarded(environment: RankEnvironment) -> Iterator[Guard | None]:
     """What notices that this rank hangs, before anything slow is imported; None where the system is not Linux."""
     if sys.platform != "linux":
-        return None
+        yield None
+        return
     from .guard import Guard
 
-    return Guard(environment.rank, environment.world_size)
+    guard = Guard(environment.rank, environment.world_size)
+    try:
+        yield guard
+    finally:
+        guard.stop()
 
 
 def _start(args: argparse.Namespace) -> int:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -147,10 +148,14 @@ class Mesh:
                 torch.cuda.set_device(device)
             else:
                 keep_freed_memory()
+            timeout = datetime.timedelta(seconds=timeout_seconds)
+            store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
             dist.init_process_group(
-                backend="nccl" if device.type == "cuda" else "gloo",
-                init_method="env://",
-                timeout=datetime.timedelta(seconds=timeout_seconds),
+                "nccl" if device.type == "cuda" else "gloo",
+                store=dist.PrefixStore(_start_name(), store),
+                rank=rank,
+                world_size=size,
+                timeout=timeout,
             )
         world = dist.get_world_size()
         if world % (tensor * pipeline):
@@ -187,6 +192,15 @@ class Mesh:
         if dist.is_initialized():
             parallel_state.destroy_model_parallel()
             dist.destroy_process_group()
+
+
+def _start_name(environ: Mapping[str, str] = os.environ) -> str:
+    """A name for this start of the ranks.
+
+    Torchrun's agent starts ranks again with a store that still has the addresses of those before them, at which gloo
+    would wait for nobody, until its timeout.
+    """
+    return f"farspan-{environ.get('TORCHELASTIC_RESTART_COUNT', 0)}-{environ.get('WORLD_SIZE')}"
 
 
 def _axis(group: Any) -> Axis:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from farspan.pretrain.config import HealthConfig
 from farspan.pretrain.metrics import HealthMetrics, MetricsWriter, read_metrics
 from farspan.pretrain.stragglers import Stragglers
 
@@ -59,6 +60,12 @@ def test_ratios_are_those_of_the_definition(data: st.DataObject) -> None:
             assert one.ratio == pytest.approx(ratios[one.rank])
             assert one.busy_seconds / one.others_seconds == pytest.approx(one.ratio)
         named = (named | begun) - ended
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0])
+def test_a_factor_that_names_everybody_is_refused(factor: float) -> None:
+    with pytest.raises(ValueError, match="would name ranks that are no slower than others: set it above 1, or to 0"):
+        HealthConfig(straggler_factor=factor)
 
 
 def test_single_slow_steps_are_nobodys() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -26,7 +27,7 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    monkeypatch.setattr(training, "_start_guard", lambda environment: None)
+    monkeypatch.setattr(training, "_guarded", lambda environment: contextlib.nullcontext())
     monkeypatch.setattr(training, "die_with_launcher", lambda: None)
     monkeypatch.setattr(network, "prepare", lambda environment: None)
 
@@ -74,6 +75,7 @@ def load_config(path, overrides):
     stub(
         "farspan.pretrain.train",
         """
+import contextlib
 import os
 from farspan.pretrain.config import calls
 def train(config, *, resume, stop_after=None):

@@ -5,18 +5,21 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 from faults import Member, alive, members, state, until, until_gone
 
-from farspan.launch import hang_report
+import farspan
+from farspan.launch import guard, hang_report
 from farspan.launch.exit_codes import HUNG
 from farspan.launch.local import run_ranks
 
@@ -194,16 +197,14 @@ def test_a_start_that_takes_too_long_is_a_hang(start, tmp_path):
 
 def test_time_in_which_all_stand_still_is_nobodys_silence(start, tmp_path):
     """A job that is suspended: the guard too is stopped."""
-    rank = start("""
-        mark("lives")
-        with alive.phase("training"):
-            live(2.0)
-    """)
+    rank = start("mark('lives')\nwith alive.phase('training'): live(7.0)", hang=3.0)
     rank.marked("lives")
     both = rank.member()
-    for pid in (both.pid, both.guard):
-        os.kill(pid, signal.SIGSTOP)
-    time.sleep(3 * HANG)
+    time.sleep(1.0)
+    both.stop()
+    time.sleep(0.6)  # the guard has seen its last sign of life
+    os.kill(both.guard, signal.SIGSTOP)
+    time.sleep(4.0)
     os.kill(both.guard, signal.SIGCONT)
     time.sleep(0.1)
     both.go_on()
@@ -246,6 +247,26 @@ def test_signals_for_the_whole_job_do_not_end_it(start, tmp_path, number):
     assert only_hang(tmp_path)
 
 
+def test_a_clone_of_any_name_has_guards(tmp_path):
+    """The package's folder need not be called like the package."""
+    root = Path(farspan.__file__).parent
+    clone = tmp_path / "my clone"
+    for path in (path for part in ("*.py", "launch/*.py", "pretrain/*.py") for path in root.glob(part)):
+        (clone / path.relative_to(root)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, clone / path.relative_to(root))
+    load = f"""
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("farspan", {str(clone / "__init__.py")!r})
+sys.modules["farspan"] = package = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(package)
+"""
+    script = load + PRELUDE.format(hang=HANG, timeout=60.0) + "with alive.phase('training'): hang()"
+    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "1"}
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    assert subprocess.run(command, env=environment, timeout=PATIENCE, check=False).returncode == HUNG
+    assert str(clone) in report(tmp_path)[0]
+
+
 def test_its_end_is_said_and_the_rank_goes_on(start):
     rank = start("mark('here')\nlive(1.0)\nprint('goes on')")
     rank.marked("here")
@@ -280,7 +301,8 @@ def test_where_nothing_can_be_written_the_rank_is_ended_all_the_same(start, tmp_
         time.sleep(1.5)  # until the guard has seen that there was none before
         (tmp_path / "hangs/here").mkdir(parents=True)
         os.mkfifo(tmp_path / "hangs/here/.rank-00000.txt.tmp")
-        (tmp_path / "hangs/.1").symlink_to("here")
+        (tmp_path / "hangs/.claims").mkdir()
+        (tmp_path / "hangs/.claims/1").symlink_to("here")
     ended, error = rank.end(60.0)
     assert ended == HUNG
     assert "the run hangs at rank 0 of 1" in error
@@ -288,9 +310,33 @@ def test_where_nothing_can_be_written_the_rank_is_ended_all_the_same(start, tmp_
     assert "in hang\n" in error
 
 
+def test_on_a_gpu_the_flight_record_is_kept(tmp_path, monkeypatch):
+    """Where CUDA runs, what NCCL recorded; elsewhere nothing is asked for."""
+    asked: list[dict[str, bool]] = []
+
+    def dump(**options: bool) -> bytes:
+        asked.append(options)
+        return b"a record"
+
+    for initialized, files in ((False, []), (True, ["flight-record-3"])):
+        bindings = types.SimpleNamespace(_distributed_c10d=types.SimpleNamespace(_dump_nccl_trace=dump))
+        cuda = types.SimpleNamespace(is_initialized=lambda initialized=initialized: initialized)
+        monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(cuda=cuda, _C=bindings))
+        guard._write_flight_record(str(tmp_path), 3)
+        assert [path.name for path in tmp_path.iterdir()] == files
+    assert (tmp_path / "flight-record-3").read_bytes() == b"a record"
+    assert asked == [{"includeCollectives": True, "includeStackTraces": False}]
+    guard._write_flight_record("", 3)  # there is no folder
+    assert len(asked) == 1
+
+
 # Several ranks.
 
 TOGETHER = """
+mark("here")
+while len(list(pathlib.Path(run_dir).glob("here-*"))) < world:
+    time.sleep(0.01)
+time.sleep(0.5)  # every guard has its settings
 def waits_with(rank, number):
     slot, name = alive.group("7", "world", list(range(world))), alive.name("all_reduce float32")
     for n in range(1, number + 1):
@@ -309,7 +355,6 @@ def test_of_several_ranks_the_stopped_one_is_named(tmp_path, capfd, stopped):
         TOGETHER
         + f"""
 with alive.phase("training"):
-    mark("here")
     if rank == {stopped}:
         threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGSTOP)).start()
     waits_with(rank, 5)
@@ -351,11 +396,13 @@ with alive.phase("training"):
     assert first.startswith("the run hangs at rank 1 of 3") and "outside of any collective" in first
     assert "in hold_the_gil" in first
     assert last.startswith("rank 2 of 3") and last.endswith("; waits for rank 1")
-    assert "memory" not in capfd.readouterr().err
+    error = capfd.readouterr().err
+    assert f"farspan: the run hung, its guards ended it (exit code {HUNG})" in error
+    assert "exited with code" not in error and "memory" not in error
 
 
 def test_a_second_hang_of_a_run_has_a_folder_of_its_own(tmp_path):
-    script = "with alive.phase('training'): hang()"
+    script = TOGETHER + "with alive.phase('training'): hang()"
     for count in (1, 2):
         assert run_ranks([str(tmp_path)], 2, command=program(script)) == HUNG
         folders = [path for path in (tmp_path / "hangs").iterdir() if not path.name.startswith(".")]
@@ -363,7 +410,9 @@ def test_a_second_hang_of_a_run_has_a_folder_of_its_own(tmp_path):
         assert all(
             {p.name for p in f.iterdir()} == {"rank-00000.txt", "rank-00001.txt", "summary.txt"} for f in folders
         )
-        time.sleep(1.0)
+        for path in tmp_path.glob("here-*"):
+            path.unlink()
+        time.sleep(1.0)  # the names have seconds
 
 
 # The finding, without processes.
@@ -413,6 +462,10 @@ def test_who_is_named() -> None:
     assert found(*low, *chain) == [3]
     # A message that was not sent.
     assert found(made(0, begun={"all": 8}), made(1, waits=("0>1", 3), begun={"all": 8}), *wait_all[2:]) == [0]
+    # All outside, as on a GPU, where a collective that was launched is over for the rank: one has launched fewer.
+    launched = [made(rank, begun={"all": 9}) for rank in range(3)]
+    assert found(*launched, made(3, begun={"all": 8})) == [3]
+    assert found(*launched, made(3, begun={"all": 9})) == [0, 1, 2, 3]
     # In two collectives at once: they wait for each other.
     assert found(*low, *[made(r, waits=("high", 5), begun={"all": 8}) for r in (2, 3)]) == [2, 3]
 

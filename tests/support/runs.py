@@ -92,6 +92,7 @@ def settings(data: Path, run_dir: Path, steps: int, overrides: dict[str, Any]) -
         "optimizer": {"lr": 1e-3},
         "schedule": {"name": "constant", "warmup_steps": 3},
         "logging": {"interval": 1000, "tensorboard": False},
+        "health": {"straggler_factor": 0},  # a busy machine makes some, and lines in metrics.jsonl
     }
     for key, value in overrides.items():
         if key == "model":
