@@ -202,7 +202,7 @@ def test_scontrol_requeue(run: Trained, whole: Trained) -> None:
 @pytest.mark.parametrize("node", [2, 1], ids=["of the other node", "of the first node"])
 def test_a_slurmd_is_killed(run: Trained, whole: Trained, node: int) -> None:
     """And comes back when its node has been given up."""
-    job = run.submit("--time", "20", "--until-done")
+    job = run.submit("--time", "20", "--until-done", step_seconds=4)  # SLURM takes 20 s and more to notice
     run.wait_for_step(INTERVAL + 2)
     run.cluster.script("kill", str(run.cluster.folder), str(node))
     run.wait(lambda: run.cluster.restarts(job) >= 1, "SLURM's noticing it")
