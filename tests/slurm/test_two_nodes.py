@@ -1,6 +1,6 @@
 """The real SLURM, two nodes of it: what clusters do to a job, and a run that finishes by itself as if nothing had been.
 
-Needs root, and Debian's slurm-wlm and munge, or an apt-get that can install them; `tests/slurm/run.sh` runs it alone.
+Needs root, Debian's slurm-wlm and munge: `tests/slurm/run.sh` installs them where they are not there.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -21,6 +22,8 @@ import pytest
 import torch
 import yaml
 from runs import Run, settings
+
+from farspan.launch.launchers.processes import environment_of
 
 CLUSTER = Path(__file__).with_name("cluster.sh")
 SLOW = [sys.executable, "-P", str(Path(__file__).with_name("slow_farspan.py"))]
@@ -158,13 +161,13 @@ def test_the_undisturbed_run(whole: Trained) -> None:
 
 
 @pytest.mark.parametrize(
-    ("signal", "again"), [("USR1", "requeue"), ("TERM", "requeue"), ("USR1", "chain")], ids=lambda value: value
+    ("name", "again"), [("USR1", "requeue"), ("TERM", "requeue"), ("USR1", "chain")], ids=lambda value: value
 )
-def test_scancel_with_a_signal(run: Trained, whole: Trained, signal: str, again: str) -> None:
+def test_scancel_with_a_signal(run: Trained, whole: Trained, name: str, again: str) -> None:
     """Also without --until-done: it was asked to stop."""
     job = run.submit("--time", "20", "--again", again)
     run.wait_for_step(INTERVAL + 2)
-    run.cluster.ask("scancel", f"--signal={signal}", job)
+    run.cluster.ask("scancel", f"--signal={name}", job)
     run.finish()
     assert_same(run, whole, starts=2)
     first = run.told("end")[0]
@@ -212,10 +215,19 @@ def test_a_slurmd_is_killed(run: Trained, whole: Trained, node: int) -> None:
     assert run.told("start")[1]["step"] >= INTERVAL
 
 
+def _rank_1(config: Path) -> int:
+    """Its process; not srun, whose words are the same from there on."""
+    found = subprocess.run(
+        ["pgrep", "-f", f"^{sys.executable} .* train {config}"], capture_output=True, text=True
+    ).stdout
+    (pid,) = (pid for pid in map(int, found.split()) if environment_of(pid).get("SLURM_PROCID") == "1")
+    return pid
+
+
 def test_a_rank_is_killed(run: Trained, whole: Trained) -> None:
     run.submit("--time", "20", "--until-done")
     run.wait_for_step(INTERVAL + 2)
-    assert subprocess.run(["pkill", "-KILL", "-f", f"train .*{run.config}"]).returncode == 0
+    os.kill(_rank_1(run.config), signal.SIGKILL)
     run.finish()
     assert_same(run, whole, starts=2)
     assert run.told("end")[0]["then"] == "requeue" and not run.told("end")[0]["asked"]
