@@ -27,7 +27,7 @@ RUN = {
     "kernels.mode": "reference",
     "logging.interval": EVERY,
 }
-STEPS = 60
+STEPS = 150
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from node_runs import NodeRun, is_clean
 from runs import Trainer
 
 from farspan.benchmarks.layouts import worst
+from farspan.launch.exit_codes import STOPPED
 from farspan.launch.local import COMMAND
 
 pytestmark = [pytest.mark.alone, pytest.mark.timeout(900)]
@@ -59,7 +60,7 @@ def start(run: NodeRun, network: Network, node: int, nodes: str = "2") -> None:
 
 @pytest.mark.parametrize("how", ["down", "silent"])
 def test_the_link_is_cut_for_longer_than_the_limit(network, nodes_run, undisturbed, how):
-    run = nodes_run(100)
+    run = nodes_run(200)
     start(run, network, 0)
     start(run, network, 1)
     run.wait_for(lambda: run.saved(2 * EVERY), "training")
@@ -75,13 +76,13 @@ def test_the_link_is_cut_for_longer_than_the_limit(network, nodes_run, undisturb
     assert all(2 * EVERY < step <= stood + 1 for _, step in run.starts()[1:])
     assert list((run.folder / "hangs").iterdir()), "what hung was reported"
     assert is_clean(network)
-    whole = undisturbed(100)
+    whole = undisturbed(200)
     assert run.steps() == whole.steps()
     assert_identical(run.weights(), whole.weights())
 
 
 def test_the_link_is_cut_for_less(network, nodes_run, undisturbed):
-    run = nodes_run(60)
+    run = nodes_run(120)
     start(run, network, 0)
     start(run, network, 1)
     run.wait_for(lambda: run.step > EVERY, "training")
@@ -90,15 +91,14 @@ def test_the_link_is_cut_for_less(network, nodes_run, undisturbed):
     network.mend()
     assert run.wait() == {"n1": 0, "n2": 0}, run.said()
     assert run.starts() == [(2, 1)], "nothing was started again"
-    whole = undisturbed(60)
+    whole = undisturbed(120)
     assert run.steps() == whole.steps()
     assert_identical(run.weights(), whole.weights())
 
 
 def test_a_node_is_lost_and_comes_back(network, nodes_run, undisturbed):
     """The run goes on with half of the replicas, and with all of them when the node is there again."""
-    steps = 400
-    run = nodes_run(steps)
+    run = nodes_run(100_000)  # until it is asked to stop
     start(run, network, 0, "1:2")
     start(run, network, 1, "1:2")
     run.wait_for(lambda: run.saved(EVERY), "training")
@@ -111,8 +111,13 @@ def test_a_node_is_lost_and_comes_back(network, nodes_run, undisturbed):
     network.mend()
     start(run, network, 1, "1:2")
     run.wait_for(lambda: run.starts()[-1][0] == 2, "training together again")
-    assert run.wait() == {"n1": 0, "n2": 0}, run.said()
     again_from = run.starts()[-1][1]
-    assert again_from > alone_from + EVERY and (again_from - 1) % EVERY != 0, "saved when the node came back"
-    whole = undisturbed(steps)
+    run.wait_for(lambda: run.step > again_from + EVERY, "training together")
+    run.processes[network.nodes[0]].terminate()  # its rank tells the other, and both save
+    assert run.wait(network.nodes[0]) == {"n1": STOPPED}, run.said()
+    network.nodes[1].kill()  # nobody has asked this one: it would wait for the first
+    assert [data for data, _ in run.starts()] == [2, 1, 2]
+    said = run.log(network.nodes[0]).read_text(errors="replace")
+    assert f"asked to stop (SIGTERM): saving after step {again_from - 1};" in said, "no step was lost"
+    whole = undisturbed(len(run.steps()))
     assert max(worst(run.steps(), whole.steps())) <= RELATIVE

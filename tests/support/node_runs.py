@@ -58,15 +58,15 @@ class NodeRun(Run):
             assert not over and None in codes.values(), f"not {what} (step {self.step}, {codes})\n{self.said()}"
             time.sleep(0.05)
 
-    def wait(self, seconds: float = SLOW) -> dict[str, int]:
-        """Until all have ended: their exit codes."""
-        limit = time.monotonic() + seconds
-        for node, process in self.processes.items():
+    def wait(self, *nodes: Node) -> dict[str, int]:
+        """Until these, or all, have ended: their exit codes."""
+        limit, codes = time.monotonic() + SLOW, {}
+        for node in nodes or tuple(self.processes):
             try:
-                process.wait(max(limit - time.monotonic(), 0.1))
+                codes[node.name] = self.processes[node].wait(max(limit - time.monotonic(), 0.1))
             except subprocess.TimeoutExpired:
                 raise AssertionError(f"{node.name} does not end (step {self.step})\n{self.said()}") from None
-        return {node.name: process.returncode for node, process in self.processes.items()}
+        return codes
 
     def starts(self) -> list[tuple[int, int]]:
         """Every start of the ranks that came to train: (replicas, first step), as the first rank has said."""
