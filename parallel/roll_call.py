@@ -26,12 +26,12 @@ class RollCall:
         """Begin to tell all ranks these numbers (as float64); the answer to what was asked before must be taken."""
         assert self._asked is None, "the answer to the last question was not taken"
         mine = torch.tensor(values, dtype=torch.float64, device=self._mesh.device)
-        everyone = mine.new_empty(self._mesh.size * len(values))
+        everyone = mine.new_empty(self._mesh.size, len(values))
         if self._mesh.size == 1:
             self._asked = None, mine.unsqueeze(0)
             return
-        request = dist.all_gather_into_tensor(everyone, mine, async_op=True)
-        self._asked = request, everyone.view(self._mesh.size, len(values))
+        request = dist.all_gather(list(everyone), mine, async_op=True)
+        self._asked = request, everyone
 
     def answer(self) -> list[list[float]] | None:
         """What every rank said when it was last asked, by rank; None where nothing is outstanding."""

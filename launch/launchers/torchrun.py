@@ -84,8 +84,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     env = dict(os.environ)
     env.setdefault("OMP_NUM_THREADS", str(threads_of_a_rank(command.ranks_per_node)))
-    # Else ranks use the store of their agent, the same one for all starts, and find the addresses of ranks that are gone
-    # (pytorch issue 135712).  With it every rendezvous has a store of its own.
+    # Else ranks use the store of their agent, the same one for all starts, and find the addresses of ranks that are
+    # gone (pytorch issue 135712).  With it every rendezvous has a store of its own.
     env.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     say(f"logs of ranks are in {job.run_dir / 'logs'}")
     limits = Limits(fruitless=args.max_restarts, margin_seconds=job.config.checkpoint.margin_seconds)
