@@ -164,6 +164,9 @@ def may_start(
     ``is_successor``: it was submitted by that job when that began, for whatever might happen."""
     if progress.done:
         return f"all {progress.steps} steps are done"
+    if is_successor and ended is not None and ended.get("then") != "chain":
+        # SLURM ended the script before it could cancel its successor.
+        return f"the job before this one ended for good: {ended.get('why')}"
     if is_successor and ended is None:
         if before is not None and before.state == "CANCELLED":
             return "the job before this one was cancelled"
