@@ -132,7 +132,7 @@ def test_a_start() -> None:
     assert may_start(careful, MIDDLE, told("TIMEOUT"), True, None, 1) is None
     assert may_start(careful, MIDDLE, told("CANCELLED"), True, chained, 1) is None
     over = {"event": "end", "then": "none", "why": "cancelled at step 4"}
-    assert may_start(policy, MIDDLE, None, True, over, 1) == "the job before this one ended for good: cancelled at step 4"
+    assert "ended for good: cancelled" in (may_start(policy, MIDDLE, None, True, over, 1) or "")
     assert may_start(policy, MIDDLE, None, False, over, 1) is None
 
 
