@@ -11,6 +11,8 @@ shift 2
 nodes=${NODES:-1} ranks=${RANKS_PER_NODE:-8} master=${MASTER:-127.0.0.1} port=${PORT:-29500}
 run_id=${RUN_ID:-farspan} # the same on all nodes; another one for each run that meets at the same place
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) / ranks > 0 ? $(nproc) / ranks : 1))}
+# Else ranks that are started again read the addresses of those before them (pytorch issue 135712).
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 [[ $node == 0 ]] && is_host=true || is_host=false
 
 exec torchrun --nnodes "$nodes" --nproc-per-node "$ranks" --max-restarts 3 \

@@ -3,7 +3,8 @@
 #
 #   ./tests/run.sh [pytest's arguments]      such as: ./tests/run.sh tests/kernels -k dropout
 #
-# Without arguments everything runs: in FARSPAN_TEST_WORKERS processes (2), and then one by one what has ranks of its own
+# Without arguments everything runs but what takes minutes (-m long: what clusters and networks do to runs; the whole of it
+# on SLURM is tests/slurm/run.sh): in FARSPAN_TEST_WORKERS processes (2), and then one by one what has ranks of its own
 # or measures time or memory.
 #
 # Uses the active virtual environment where this clone and its test extra are installed in it.  Else it makes .venv in
@@ -57,7 +58,7 @@ if (($#)); then
   "$python" -P -m pytest "$@"
 else
   failed=0
-  "$python" -P -m pytest -n "${FARSPAN_TEST_WORKERS:-2}" --dist loadfile -m "not alone" || failed=1
-  "$python" -P -m pytest -m alone || failed=1
+  "$python" -P -m pytest -n "${FARSPAN_TEST_WORKERS:-2}" --dist loadfile -m "not alone and not long" || failed=1
+  "$python" -P -m pytest -m "alone and not long" || failed=1
   exit $failed
 fi

@@ -12,7 +12,7 @@ from runs import Trainer
 
 from farspan.launch.local import COMMAND
 
-pytestmark = [pytest.mark.alone, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.alone, pytest.mark.long, pytest.mark.timeout(900)]
 if reason := why_not("sshd", "ssh", "ssh-keygen", "pdsh"):
     pytestmark.append(pytest.mark.skip(reason=reason))
 

@@ -58,7 +58,7 @@ def start(run: NodeRun, network: Network, node: int, nodes: str = "2") -> None:
     run.start(network.nodes[node], [*COMMAND, "launch", "torchrun", *place, *options, str(run.config)])
 
 
-@pytest.mark.parametrize("how", ["down", "silent"])
+@pytest.mark.parametrize("how", [pytest.param("down", marks=pytest.mark.long), "silent"])
 def test_the_link_is_cut_for_longer_than_the_limit(network, nodes_run, undisturbed, how):
     run = nodes_run(200)
     start(run, network, 0)
@@ -81,6 +81,7 @@ def test_the_link_is_cut_for_longer_than_the_limit(network, nodes_run, undisturb
     assert_identical(run.weights(), whole.weights())
 
 
+@pytest.mark.long
 def test_the_link_is_cut_for_less(network, nodes_run, undisturbed):
     run = nodes_run(120)
     start(run, network, 0)
@@ -96,6 +97,7 @@ def test_the_link_is_cut_for_less(network, nodes_run, undisturbed):
     assert_identical(run.weights(), whole.weights())
 
 
+@pytest.mark.long
 def test_a_node_is_lost_and_comes_back(network, nodes_run, undisturbed):
     """The run goes on with half of the replicas, and with all of them when the node is there again."""
     run = nodes_run(100_000)  # until it is asked to stop

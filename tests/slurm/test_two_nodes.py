@@ -161,7 +161,12 @@ def test_the_undisturbed_run(whole: Trained) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "again"), [("USR1", "requeue"), ("TERM", "requeue"), ("USR1", "chain")], ids=lambda value: value
+    ("name", "again"),
+    [
+        ("USR1", "requeue"),
+        pytest.param("TERM", "requeue", marks=pytest.mark.long),
+        pytest.param("USR1", "chain", marks=pytest.mark.long),
+    ],
 )
 def test_scancel_with_a_signal(run: Trained, whole: Trained, name: str, again: str) -> None:
     """Also without --until-done: it was asked to stop."""
@@ -176,6 +181,7 @@ def test_scancel_with_a_signal(run: Trained, whole: Trained, name: str, again: s
     assert (run.told("start")[1]["job"] != job) == (again == "chain")
 
 
+@pytest.mark.long
 def test_the_time_limit(run: Trained, whole: Trained) -> None:
     """SLURM counts in minutes: the run is made longer than one that is long enough for its start."""
     began, ended = whole.told("start")[0], whole.told("end")[0]
@@ -193,6 +199,7 @@ def _seconds(begin: str, end: str) -> float:
     return (datetime.fromisoformat(end) - datetime.fromisoformat(begin)).total_seconds()
 
 
+@pytest.mark.long
 def test_scontrol_requeue(run: Trained, whole: Trained) -> None:
     job = run.submit("--time", "20")
     run.wait_for_step(INTERVAL + 2)
@@ -202,6 +209,7 @@ def test_scontrol_requeue(run: Trained, whole: Trained) -> None:
     assert run.told("start")[1]["restart"] == 1 and run.told("start")[1]["step"] >= INTERVAL
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("node", [2, 1], ids=["of the other node", "of the first node"])
 def test_a_slurmd_is_killed(run: Trained, whole: Trained, node: int) -> None:
     """And comes back when its node has been given up."""
@@ -224,6 +232,7 @@ def _rank_1(config: Path) -> int:
     return pid
 
 
+@pytest.mark.long
 def test_a_rank_is_killed(run: Trained, whole: Trained) -> None:
     run.submit("--time", "20", "--until-done")
     run.wait_for_step(INTERVAL + 2)
@@ -233,7 +242,7 @@ def test_a_rank_is_killed(run: Trained, whole: Trained) -> None:
     assert run.told("end")[0]["then"] == "requeue" and not run.told("end")[0]["asked"]
 
 
-@pytest.mark.parametrize("again", ["requeue", "chain"])
+@pytest.mark.parametrize("again", ["requeue", pytest.param("chain", marks=pytest.mark.long)])
 def test_scancel_ends_it_for_good(run: Trained, again: str) -> None:
     job = run.submit("--time", "20", "--until-done", "--again", again)
     run.wait_for_step(2)
@@ -244,6 +253,7 @@ def test_scancel_ends_it_for_good(run: Trained, again: str) -> None:
     assert "cancelled" in run.told("end")[0]["why"]
 
 
+@pytest.mark.long
 def test_a_user_error_ends_it_for_good(run: Trained, tmp_path: Path) -> None:
     text = run.config.read_text()
     run.config.write_text(text.replace(yaml.safe_load(text)["data"]["folder"], str(tmp_path / "nowhere")))
