@@ -94,6 +94,7 @@ class _Supervisor:
         self._received: list[int] = []
         self._asked: int | None = None  # the signal that asked the run to stop
         self._interrupts = 0
+        self._without_ranks_until: float | None = None  # after a signal that reached none
 
     def run(self) -> int:
         def remember(number: int, _: FrameType | None) -> None:
@@ -202,6 +203,9 @@ class _Supervisor:
             elif end_at is not None and time.monotonic() > end_at:
                 process.terminate()
                 end_at = None
+            if self._without_ranks_until is not None and time.monotonic() > self._without_ranks_until:
+                process.terminate()
+                self._without_ranks_until = None
         return had_ranks, last_words
 
     def _tell(self, number: int, process: subprocess.Popen[bytes]) -> set[int]:
@@ -211,7 +215,8 @@ class _Supervisor:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(rank, number)
         if not ranks and not self._launcher.tell(number):
-            process.terminate()  # it has none yet
+            # It has none yet, or they have saved and gone a moment ago, and it is about to end by itself.
+            self._without_ranks_until = time.monotonic() + _WORDS_SECONDS
         return set(ranks)
 
     def _rest(self, seconds: float) -> bool:
