@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -85,13 +86,20 @@ def _be_rank(args: argparse.Namespace, environment: RankEnvironment, config: Con
 
 @contextlib.contextmanager
 def _guarded(environment: RankEnvironment) -> Iterator[Guard | None]:
-    """What notices that this rank hangs, before anything slow is imported; None where the system is not Linux."""
+    """What notices that this rank hangs, before anything slow is imported; None where the system is not Linux, or the
+    size of files is limited to less than the memory that they share, which counts as one."""
     if sys.platform != "linux":
         yield None
         return
     from .guard import Guard
 
-    guard = Guard(environment.rank, environment.world_size)
+    try:
+        guard = Guard(environment.rank, environment.world_size)
+    except OSError as error:
+        if error.errno != errno.EFBIG:
+            raise
+        yield None
+        return
     try:
         yield guard
     finally:

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from farspan.kernels import forms
+
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
@@ -13,3 +15,10 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def as_configured() -> Iterator[None]:
+    """What a test configures is not the next one's."""
+    yield
+    forms.configure()

@@ -130,7 +130,7 @@ def test_a_signal_before_there_are_ranks_ends_it(tmp_path: Path) -> None:
 def test_a_signal_after_the_ranks_have_saved_and_gone(tmp_path: Path) -> None:
     """Another node's signal was first: the agent is about to end by itself, well."""
     rank = "import os; open('step', 'w').write('5'); os._exit(0)"
-    then = "rank.wait()\nopen('gone', 'w')\nimport time; time.sleep(1)\nsys.exit(0)"
+    then = "rank.wait()\nopen(folder / 'gone', 'w')\nimport time; time.sleep(1)\nsys.exit(0)"
     run = Supervised(tmp_path, agent(rank, then))
     run.wait_for("gone")
     run.process.send_signal(signal.SIGTERM)
