@@ -5,16 +5,14 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
-from ..parallel.ledger import Ledger
 from ..parallel.mesh import Mesh
 from . import heartbeat, run
+from .company import Company
 from .config import Config
 from .evaluation import Evaluation
 from .going_back import GoingBack, WentBack, free_memory
 from .hardware import peak_memory, utilization
-from .lease import Lease, leased
 from .losses import Counts, LossFunction
 from .metrics import MetricsWriter, SpikeMetrics, StepMetrics
 from .objectives import Objective
@@ -36,37 +34,32 @@ def train(config: Config, *, resume: str = "auto", stop_after: int | None = None
     config, vocabulary = run.with_tokenizer(config)
     objective = run.objective_of(config, vocabulary, "train")
     last = config.training.steps if stop_after is None else min(stop_after, config.training.steps)
-    with Ledger(heartbeat.current()).installed() as ledger:
-        mesh = run.mesh_of(config)
-        try:
-            with leased(Path(config.run_dir), mesh) as lease:
-                evaluation = Evaluation(config, mesh, vocabulary)
-                while True:
-                    rollbacks = mesh.tell(functools.partial(read, config.run_dir))
-                    config = with_skips(config, rollbacks)
-                    start = find_start(config, mesh, resume, rollbacks)
-                    try:
-                        return _train(config, mesh, ledger, lease, evaluation, objective, start, last, rollbacks)
-                    except WentBack as back:
-                        if back.asked_by is not None:
-                            return back.asked_by
-                    resume = "auto"
-                    free_memory()
-        finally:
-            mesh.destroy()
+    with Company.of(config) as company:
+        mesh = company.mesh
+        evaluation = Evaluation(config, mesh, vocabulary)
+        while True:
+            rollbacks = mesh.tell(functools.partial(read, config.run_dir))
+            config = with_skips(config, rollbacks)
+            start = find_start(config, mesh, resume, rollbacks)
+            try:
+                return _train(config, company, evaluation, objective, start, last, rollbacks)
+            except WentBack as back:
+                if back.asked_by is not None:
+                    return back.asked_by
+            resume = "auto"
+            free_memory()
 
 
 def _train(
     config: Config,
-    mesh: Mesh,
-    ledger: Ledger,
-    lease: Lease | None,
+    company: Company,
     evaluation: Evaluation,
     objective: Objective,
     start: Start,
     last: int,
     rollbacks: Sequence[Rollback],
 ) -> str | None:
+    mesh, ledger, lease = company.mesh, company.ledger, company.lease
     loss_function, kernels = LossFunction(config.heads), run.prepare_kernels(config, mesh)
     engine, watch = run.build_engine(config, mesh, start, loss_function), run.watch_of(config, start)
     training = config.training
