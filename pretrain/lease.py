@@ -61,6 +61,7 @@ class Lease:
             began = time.monotonic()
             while True:
                 if _put(mine, path):
+                    _clear(folder, stale_seconds)
                     return Lease(path, token)
                 holder = _Holder.of(path)
                 if holder is None:
@@ -207,17 +208,28 @@ def _naming(folder: Path) -> Iterator[None]:
         raise
 
 
+def _clear(folder: Path, stale_seconds: float) -> None:
+    """Remove what processes have left that were killed while they took the lease."""
+    for left in folder.glob(f".{LEASE}.*"):
+        with contextlib.suppress(OSError):
+            age = time.time() - left.stat().st_mtime
+            holder = _Holder.of(left)
+            gone = holder is not None and holder.runs_here() is False
+            if gone or age > (stale_seconds if holder is not None and holder.token else RENEW_SECONDS):
+                left.unlink()
+
+
 def _put_aside(path: Path, holder: _Holder, aside: Path) -> None:
     """Remove the lease of a holder that is gone; that of another, who was quicker, is put back."""
     try:
         path.rename(aside)
     except FileNotFoundError:
         return
-    found = _Holder.of(aside)
+    found = _Holder.of(aside)  # None: whoever took it has cleared it away, for its holder is gone
     if found is not None and found.token != holder.token:
         with contextlib.suppress(FileExistsError):
             os.link(aside, path)
-    aside.unlink()
+    aside.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -202,3 +202,23 @@ def test_the_lease_of_who_was_quicker_is_put_back(tmp_path: Path) -> None:
     module._put_aside(path, gone, tmp_path / "aside")
     assert json.loads(path.read_text())["token"] == "of another"
     assert [found.name for found in tmp_path.iterdir()] == [LEASE]
+
+
+def test_what_killed_processes_left_goes(tmp_path: Path) -> None:
+    """Killed while they took it, before or after they wrote who they are; that of one at work stays."""
+    here = {**ELSEWHERE, "machine": module._machine()}
+    files = {
+        "gone": (json.dumps({"token": "a", **here, "pid": os.getpid(), "started": "1"}), 0),
+        "empty": ("", 10),
+        "old": (json.dumps({"token": "b", **ELSEWHERE}), 100),
+        "at work here": (json.dumps({"token": "c", **here, "pid": 1, "started": module._start_time(1)}), 9),
+        "at work elsewhere": (json.dumps({"token": "d", **ELSEWHERE}), 9),
+    }
+    for name, (text, age) in files.items():
+        path = tmp_path / f".{LEASE}.{name}"
+        path.write_text(text)
+        os.utime(path, (time.time() - age,) * 2)
+    lease = Lease.take(tmp_path)
+    left = {path.name.removeprefix(f".{LEASE}.") for path in tmp_path.glob(f".{LEASE}.*")}
+    assert left == {"at work here", "at work elsewhere"}
+    lease.release()
