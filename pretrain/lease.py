@@ -61,7 +61,7 @@ class Lease:
             began = time.monotonic()
             while True:
                 if _put(mine, path):
-                    _clear(folder, stale_seconds)
+                    _clear(folder, mine.stat().st_mtime, stale_seconds)
                     return Lease(path, token)
                 holder = _Holder.of(path)
                 if holder is None:
@@ -208,11 +208,11 @@ def _naming(folder: Path) -> Iterator[None]:
         raise
 
 
-def _clear(folder: Path, stale_seconds: float) -> None:
-    """Remove what processes have left that were killed while they took the lease."""
+def _clear(folder: Path, now: float, stale_seconds: float) -> None:
+    """Remove what processes have left that were killed while they took the lease.  ``now``: by the folder's clock."""
     for left in folder.glob(f".{LEASE}.*"):
         with contextlib.suppress(OSError):
-            age = time.time() - left.stat().st_mtime
+            age = now - left.stat().st_mtime
             holder = _Holder.of(left)
             gone = holder is not None and holder.runs_here() is False
             if gone or age > (stale_seconds if holder is not None and holder.token else RENEW_SECONDS):

@@ -191,10 +191,7 @@ class CheckedFile:
     def _read_checked(self, begin: int, end: int, buffer: Tensor) -> None:
         """Whole blocks, from byte ``begin``, into the beginning of ``buffer``."""
         self._read_raw(begin, buffer[: end - begin])
-        self._check(begin, end, values_of(buffer))
-
-    def _check(self, begin: int, end: int, content: memoryview) -> None:
-        """``content`` begins with the file's bytes [begin, end), whole blocks."""
+        content = values_of(buffer)
         for start in range(begin, end, BLOCK):
             number = start // BLOCK
             block = content[start - begin : min(start + BLOCK, end) - begin]
