@@ -19,6 +19,7 @@ from typing import Literal, get_args
 import torch
 
 from . import cache, toolchain
+from .constants import constant_when_compiled
 from .library import DTYPES, Library
 from .toolchain import BuildError, Kind, Target
 
@@ -93,7 +94,7 @@ def cache_folder() -> Path:
     return _settings.cache or cache.default_folder()
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def compiled(operation: str, device: torch.device) -> bool:
     """Whether the compiled form is to be used there; built now if it was not yet.  ValueError: required, and none."""
     return choice(operation, device).library is not None
@@ -111,7 +112,7 @@ def dtype_code(dtype: torch.dtype) -> int:
     return DTYPES[dtype]
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def declined(operation: str, reason: str) -> None:
     """Say once that the reference runs although there is a compiled form.  ValueError where that is required."""
     if current_mode() == "require":

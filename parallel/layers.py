@@ -16,12 +16,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core import tensor_parallel
-from megatron.core.model_parallel_config import ModelParallelConfig
 from torch import Tensor, nn
 
 from ..kernels.lm_head import keeps, lm_head_loss, losses_of, shard_gradients, shard_statistics
 from .mappings import copy_to_tensor_region, on_sequence_part, sequence_part
+from .megatron import ModelParallelConfig, tensor_parallel
 from .mesh import Axis, Mesh
 from .sharding import Logical, describe
 

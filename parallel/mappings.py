@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import tensor_parallel
 from torch import Tensor
 
+from .megatron import tensor_parallel
 from .mesh import Axis, Mesh
 
 

@@ -137,7 +137,7 @@ class Mesh:
 
         Raises ValueError where tensor × pipeline does not divide the number of ranks, or an option has no axis.
         """
-        from megatron.core import parallel_state
+        from .megatron import parallel_state
 
         if sequence_parallel and tensor == 1:
             raise ValueError("sequence parallelism splits over the tensor ranks: set parallel.tensor to 2 or more")
@@ -187,7 +187,7 @@ class Mesh:
 
     def destroy(self) -> None:
         """Leave the process groups; nothing collective may follow."""
-        from megatron.core import parallel_state
+        from .megatron import parallel_state
 
         if dist.is_initialized():
             parallel_state.destroy_model_parallel()

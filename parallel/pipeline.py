@@ -11,12 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from megatron.core.enums import ModelType
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from . import cpu
+from .megatron import ModelType, TransformerConfig, get_forward_backward_func
 from .mesh import Mesh
 
 Forward = Callable[[Any, Tensor | None, int], Any]

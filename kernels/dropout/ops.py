@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import forms
+from ..constants import constant_when_compiled
 from . import reference
 
 
@@ -85,7 +86,7 @@ def _(seed: int, step: int, stream: int, samples: Tensor, positions: Tensor) -> 
     return samples.new_empty(torch.broadcast_shapes(samples.shape, positions.shape))
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def is_processors(operation: str, device: torch.device) -> bool:
     """Whether the compiled form, where there is one, is the CPU's own, not a device's or its emulation."""
     return forms.library(operation, device).threads

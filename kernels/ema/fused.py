@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import forms
+from ..constants import constant_when_compiled
 from ..documents import Documents
 from . import layout
 from .chunked import chunked
@@ -219,7 +220,7 @@ def _made(
     return layout.of_rows(s, b, groups, _tiles(x.dtype, x.device), states, x.device)
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _tiles(dtype: torch.dtype, device: torch.device) -> int:
     """The most that a segment can have on this device, 0: none."""
     available = 227 * 1024

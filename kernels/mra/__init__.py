@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import forms
+from ..constants import constant_when_compiled
 from .blocks import blocks
 from .fused import fused
 from .reference import reference
@@ -87,7 +88,7 @@ def _function(form: Form | None, q: Tensor) -> Callable[[Tensor, Tensor, Tensor,
     return blocks
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _in_cpp(device: torch.device) -> bool:
     """Of a device with a compiled form: whether it takes threads, not a stream."""
     return forms.library("mra", device).threads

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import forms
+from ..constants import constant_when_compiled
 from .reference import reference
 from .selection import BLOCK, Options
 
@@ -51,7 +52,7 @@ def _least_shared(d: int) -> int:
     return 4 * BLOCK * (-(-d // 16) * 16 * 4 + 16) + 3 * BLOCK * 4
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _shared(device: torch.device) -> int:
     return _shared_of_gpu(device) if device.type == "cuda" else 160 << 10
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import forms
+from ..constants import constant_when_compiled
 
 ROWS, ITERATIONS = 64, 12  # at most: of a matrix in shared memory, and with scales that are fixed (pinv.cu)
 # Bytes of shared memory that a block takes, by the rows that matrices are padded to: see pinv.cu.
@@ -86,7 +87,7 @@ def _padded(m: int) -> int:
     return 32 if m <= 32 else 64
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _shared_memory(device: torch.device) -> int:
     """The bytes that a block can have."""
     return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)  # type: ignore[attr-defined]
