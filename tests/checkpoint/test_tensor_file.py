@@ -52,6 +52,20 @@ def small_blocks(monkeypatch):
 # What is written is what is read.
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system takes no advice on files")
+def test_what_is_written_goes_to_the_disk_meanwhile(tmp_path, small_blocks, monkeypatch):
+    asked = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda file, begin, end, advice: asked.append((begin, end, advice)))
+    monkeypatch.setattr(tensor_file, "_BEHIND", 1000)
+    tensors = {"long": random(torch.float32, 2000), **{str(n): random(torch.float32, 10 + n, seed=n) for n in range(9)}}
+    about = write_tensors(tmp_path / "file", tensors)
+    ends = [end for _, end, _ in asked]
+    assert {(begin, advice) for begin, _, advice in asked} == {(0, os.POSIX_FADV_DONTNEED)}
+    assert all(1000 <= later - sooner < 1064 for sooner, later in zip([0, *ends], ends, strict=False))
+    assert 0 <= about["bytes"] - ends[-1] < 1064
+    assert all(equal(found, tensors[name]) for name, found in load_file(tmp_path / "file").items())
+
+
 def test_the_library_reads_what_is_written(tmp_path):
     tensors = {f"{number} {dtype}": random(dtype, 3, number, seed=number) for number, dtype in enumerate(DTYPES)}
     tensors |= {"scalar": torch.tensor(2.5), "empty": torch.empty(0, dtype=torch.bfloat16), "none": torch.empty(4, 0)}
