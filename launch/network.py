@@ -6,12 +6,15 @@ InfiniBand and other interfaces better than an address can say; set NCCL_SOCKET_
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
 import socket
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 
 from .environment import RankEnvironment
+
+_SIOCGIFADDR = 0x8915  # linux/sockios.h
 
 
 def prepare(environment: RankEnvironment, environ: MutableMapping[str, str] = os.environ) -> None:
@@ -46,75 +49,89 @@ def threads_of_a_rank(local_ranks: int, environ: MutableMapping[str, str] = os.e
 def gloo_interface(master: str) -> str | None:
     """The interface that gloo has to be told, or None where it finds one itself.
 
-    Gloo listens at the address of this host's name.  Where that is the loopback's (Debian writes 127.0.1.1 into
-    /etc/hosts) other nodes cannot reach it: there the interface that leads to ``master`` is the right one.
+    Where gloo would listen at the loopback's address (Debian writes 127.0.1.1 into /etc/hosts) other nodes cannot reach
+    it: there the interface that leads to ``master`` is the right one.
     """
-    if not _is_loopback(_address_of(socket.gethostname())):
+    if not is_loopback(gloo_address({})):
         return None
     here = address_towards(master)
-    return None if here is None or _is_loopback(here) else interface_of(here)
+    return None if here is None or is_loopback(here) else interface_of(here)
+
+
+def gloo_address(environ: Mapping[str, str] = os.environ) -> str | None:
+    """The address that gloo listens at on this node: that of the interface GLOO_SOCKET_IFNAME, else of the host's own
+    name (torch/csrc/distributed/c10d, ProcessGroupGloo::createDefaultDevice)."""
+    if named := environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]:
+        return next(iter(interface_addresses().get(named, [])), None)
+    return next(iter(addresses_of(socket.gethostname())), None)
 
 
 def address_towards(host: str) -> str | None:
     """This node's own address on the way to ``host``; where that is this node itself, the address that it goes by on
     the way out.  None where there is no way.  Nothing is sent."""
-    there = _address_of(host)
-    here = _own_end(there) if there is not None else None
-    if here is not None and _is_loopback(here) and here != there:
+    here = own_end(host)
+    if here is not None and is_loopback(here) and here != (there := _address_of(host)):
         return there  # an address of this node
-    if here is None or _is_loopback(here):
+    if is_loopback(here):
         # Documentation prefixes (RFC 5737, RFC 3849): routed by default, never to anybody.
-        return _own_end("198.51.100.1") or _own_end("2001:db8::1") or here
+        return own_end("198.51.100.1") or own_end("2001:db8::1") or here
     return here
 
 
-def interface_of(address: str) -> str | None:
-    """The name of the interface that has this address; None where that cannot be told."""
-    import fcntl  # not on every system
-    import struct
-
-    if ":" in address:
-        return _interface_of_ipv6(address)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
-        for _, name in socket.if_nameindex():
-            request = struct.pack("256s", name.encode()[:15])
-            try:
-                answer = fcntl.ioctl(asking.fileno(), 0x8915, request)  # SIOCGIFADDR, netdevice(7)
-            except OSError:
-                continue  # it has none
-            if socket.inet_ntoa(answer[20:24]) == address:
-                return name
-    return None
-
-
-def _interface_of_ipv6(address: str) -> str | None:
-    wanted = ipaddress.ip_address(address.partition("%")[0]).exploded.replace(":", "")
-    try:
-        with open("/proc/net/if_inet6", encoding="ascii") as file:  # noqa: PTH123
-            lines = [line.split() for line in file]
-    except OSError:
+def own_end(host: str) -> str | None:
+    """The address of this node from which packets to ``host`` leave; None where there is no way.  Nothing is sent."""
+    there = _address_of(host)
+    if there is None:
         return None
-    return next((line[5] for line in lines if line[0] == wanted), None)
-
-
-def _own_end(there: str) -> str | None:
-    family = socket.AF_INET6 if ":" in there else socket.AF_INET
     try:
-        with socket.socket(family, socket.SOCK_DGRAM) as asking:
+        with socket.socket(socket.AF_INET6 if ":" in there else socket.AF_INET, socket.SOCK_DGRAM) as asking:
             asking.connect((there, 9))  # discard; a datagram socket only looks up the route
             return str(asking.getsockname()[0])
     except OSError:
         return None
 
 
-def _address_of(host: str) -> str | None:
+def addresses_of(name: str) -> list[str]:
+    """A host's addresses, each once, as the system prefers them; none where its name does not resolve."""
     try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        return list(dict.fromkeys(str(entry[4][0]) for entry in socket.getaddrinfo(name, None)))
     except OSError:
-        return None
-    found.sort(key=lambda one: one[0] != socket.AF_INET)
-    return str(found[0][4][0])
+        return []
 
 
-def _is_loopback(address: str | None) -> bool:
-    return address is None or ipaddress.ip_address(address.partition("%")[0]).is_loopback
+def _address_of(host: str) -> str | None:
+    """One of IPv4 where there is one."""
+    return min(addresses_of(host), key=lambda address: ":" in address, default=None)
+
+
+def is_loopback(address: str | None) -> bool:
+    """Whether only this node can reach it, or there is none."""
+    return address is None or _parse(address).is_loopback
+
+
+def interface_of(address: str) -> str | None:
+    """The name of the interface that has this address; None where no interface of this node has it."""
+    wanted = str(_parse(address))
+    return next((name for name, found in interface_addresses().items() if wanted in found), None)
+
+
+def interface_addresses() -> dict[str, list[str]]:
+    """{interface: its first address of IPv4, its addresses of IPv6}, of those that have none too."""
+    import fcntl  # not on every system
+    import struct
+
+    found: dict[str, list[str]] = {name: [] for _, name in socket.if_nameindex()}
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+        for name in found:
+            with contextlib.suppress(OSError):  # it has none
+                answer = fcntl.ioctl(asking.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+                found[name].append(socket.inet_ntoa(answer[20:24]))  # netdevice(7): struct ifreq, sockaddr_in
+    with contextlib.suppress(OSError), open("/proc/net/if_inet6", encoding="ascii") as file:  # noqa: PTH123
+        for line in file:
+            digits, *_, name = line.split()
+            found.setdefault(name, []).append(str(ipaddress.IPv6Address(bytes.fromhex(digits))))
+    return found
+
+
+def _parse(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    return ipaddress.ip_address(address.partition("%")[0])  # without the zone of a link's own address

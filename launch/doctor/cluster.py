@@ -16,7 +16,8 @@ from typing import Any
 from torch.distributed import Store
 
 from ..environment import RankEnvironment
-from . import collectives, interfaces, roll
+from ..network import gloo_address, interface_of, is_loopback, own_end
+from . import collectives, roll
 from .disk import nearest_folder
 from .examination import Wanted, examine_node
 from .report import Section, examine
@@ -148,11 +149,11 @@ def _between_ranks(
 ) -> None:
     """Collectives, in a thread that is left behind where one of them does not end."""
     nodes = len({names[rank] for rank in names})
-    address = interfaces.local_address_to(environment.master_address, environment.master_port)
+    address = own_end(environment.master_address)
     mine = {
         "to_first": address,
-        "interface": interfaces.interface_of(address) if address else None,
-        "gloo": interfaces.gloo_address(),
+        "interface": interface_of(address) if address else None,
+        "gloo": gloo_address(),
     }
     put(store, f"address/{environment.rank}", mine)
     outcome = limited(lambda: collectives.measure(environment, quick=wanted.quick, seconds=seconds), 2 * seconds + 30)
@@ -208,7 +209,7 @@ def _addresses(network: Section, store: Store, hosts: Sequence[str], nodes: int)
             f"{host}: {mine.get('to_first')} ({mine.get('interface') or 'no interface'}) towards the first rank, gloo "
             f"on {mine.get('gloo')}"
         )
-        if nodes > 1 and interfaces.is_loopback(mine.get("gloo")) and not _on_one_machine(found):
+        if nodes > 1 and is_loopback(mine.get("gloo")) and not _on_one_machine(found):
             network.fault(
                 f"gloo binds to {mine.get('gloo')} on {host}",
                 "other nodes cannot reach that address: the first collective on the CPU fails",
@@ -218,7 +219,7 @@ def _addresses(network: Section, store: Store, hosts: Sequence[str], nodes: int)
 
 
 def _on_one_machine(found: Mapping[str, Mapping[str, Any]]) -> bool:
-    return all(interfaces.is_loopback(mine.get("to_first")) for mine in found.values())
+    return all(is_loopback(mine.get("to_first")) for mine in found.values())
 
 
 def _infiniband() -> list[str]:

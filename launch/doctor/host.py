@@ -13,6 +13,7 @@ import shutil
 import socket
 from pathlib import Path
 
+from ..network import addresses_of
 from ..tables import size
 from .report import Section
 
@@ -224,14 +225,6 @@ def _name(section: Section) -> None:
             "gloo binds to the address of the host's own name, else to 127.0.0.1, which no other node reaches",
             f"add {name} to /etc/hosts or the name server, or set GLOO_SOCKET_IFNAME to the network's interface",
         )
-
-
-def addresses_of(name: str) -> list[str]:
-    """Its addresses, each once; none where it does not resolve."""
-    try:
-        return list(dict.fromkeys(str(entry[4][0]) for entry in socket.getaddrinfo(name, None)))
-    except OSError:
-        return []
 
 
 def _meminfo(root: Path) -> dict[str, int]:

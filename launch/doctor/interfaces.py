@@ -1,20 +1,15 @@
-"""The network interfaces of this machine, and which of them ranks talk through."""
+"""The network interfaces of this machine, and whether what chooses among them fits them."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import os
 import re
-import socket
-import struct
 from pathlib import Path
 
-from .host import addresses_of
+from ..network import gloo_address, interface_addresses
 from .report import Section
-
-_SIOCGIFADDR = 0x8915  # linux/sockios.h
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +26,7 @@ class Interface:
 
 def interfaces(root: Path = Path("/")) -> list[Interface]:
     found = []
-    for _, name in socket.if_nameindex():
+    for name, addresses in interface_addresses().items():
         folder = root / "sys/class/net" / name
         speed = None
         with contextlib.suppress(OSError, ValueError):  # a virtual one has none
@@ -40,49 +35,14 @@ def interfaces(root: Path = Path("/")) -> list[Interface]:
         with contextlib.suppress(OSError):
             state = (folder / "operstate").read_text().strip()
         found.append(
-            Interface(name, _address(name), speed if speed is not None and speed > 0 else None, state != "down")
+            Interface(
+                name,
+                addresses[0] if addresses else None,
+                speed if speed is not None and speed > 0 else None,
+                state != "down",
+            )
         )
     return found
-
-
-def _address(name: str) -> str | None:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking, contextlib.suppress(OSError):
-        answer = fcntl.ioctl(asking.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-        return socket.inet_ntoa(answer[20:24])  # netdevice(7): struct ifreq, sockaddr_in
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/net/if_inet6").read_text().splitlines():
-            digits, *_, named = line.split()
-            if named == name:
-                return socket.inet_ntop(socket.AF_INET6, bytes.fromhex(digits))
-    return None
-
-
-def interface_of(address: str) -> str | None:
-    """The name of the interface that has it; None: none of this machine's."""
-    return next((one.name for one in interfaces() if one.address == address), None)
-
-
-def local_address_to(host: str, port: int) -> str | None:
-    """The address of this machine from which packets to that one would leave; None: there is no way."""
-    with contextlib.suppress(OSError):
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind, protocol) as asking:
-            asking.connect(address)  # sends nothing
-            return str(asking.getsockname()[0])
-    return None
-
-
-def gloo_address() -> str | None:
-    """The address that gloo binds to on this machine: that of GLOO_SOCKET_IFNAME, else of the host's own name
-    (torch/csrc/distributed/c10d, ProcessGroupGloo::createDefaultDevice)."""
-    named = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
-    if named:
-        return next((one.address for one in interfaces() if one.name == named), None)
-    return next(iter(addresses_of(socket.gethostname())), None)
-
-
-def is_loopback(address: str | None) -> bool:
-    return address is None or address.startswith("127.") or address == "::1"
 
 
 def look(section: Section) -> None:

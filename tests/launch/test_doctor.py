@@ -288,10 +288,6 @@ def test_more_threads_than_cores(root: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_the_interfaces_of_this_machine() -> None:
     assert "127.0.0.1" in {one.address for one in interfaces.interfaces()}
-    name = interfaces.interface_of("127.0.0.1")
-    assert name is not None and interfaces.interface_of("203.0.113.77") is None
-    assert interfaces.local_address_to("127.0.0.1", 29500) == "127.0.0.1"
-    assert interfaces.local_address_to("no-such-host.invalid", 29500) is None
 
 
 @pytest.mark.parametrize(
