@@ -15,6 +15,7 @@ from typing import Any
 
 from torch.distributed import Store
 
+from ...pretrain.provenance import COMPUTING
 from ..environment import RankEnvironment
 from ..network import gloo_address, interface_of, is_loopback, own_end
 from . import collectives, roll
@@ -40,7 +41,6 @@ _SAME: tuple[tuple[str, str, str, bool], ...] = (
     ("data", "digest", "the dataset's manifest", True),
     ("disk", "kind", "the file system of checkpoints", False),
 )
-_COMPUTING = ("torch", "deepspeed", "megatron-core", "numpy")  # packages that a run computes with
 _OF_THE_NODE = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "CUDA_VISIBLE_DEVICES", "NCCL_IB_HCA")  # may differ
 
 
@@ -240,7 +240,7 @@ def compare(section: Section, nodes: Mapping[str, Sequence[Section]]) -> None:
             for key in keys:
                 if key not in _OF_THE_NODE:
                     named = {host: (value or {}).get(key) for host, value in values.items()}
-                    differences += _differs(section, key, named, fails and key in _COMPUTING)
+                    differences += _differs(section, key, named, fails and key in COMPUTING)
         else:
             differences += _differs(section, what, values, fails)
     section.facts["differences"] = differences

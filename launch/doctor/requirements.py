@@ -8,13 +8,12 @@ import re
 import tomllib
 from collections.abc import Iterator
 from importlib import metadata
-from pathlib import Path
 
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-ROOT = Path(__file__).resolve().parents[2]  # the package, which in a checkout has its pyproject.toml
+from ...pretrain.provenance import ROOT
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import os
 import platform
 import subprocess
@@ -13,17 +11,15 @@ from pathlib import Path
 import torch
 
 from ...kernels import forms
+from ...pretrain.provenance import COMPUTING, ROOT, commit, sources_digest
 from ...version import __version__
 from .clashes import CLASHES, convolution_error
 from .report import Finding, Section, Severity
-from .requirements import ROOT, broken, installed_twice, own_requirements, version_of
+from .requirements import broken, installed_twice, own_requirements, version_of
 
 PACKAGES = (
-    "torch", "deepspeed", "megatron-core", "numpy", "ninja", "datasets", "tokenizers", "safetensors", "pydantic",
-    "tensorboard", "transformers",
+    *COMPUTING, "ninja", "datasets", "tokenizers", "safetensors", "pydantic", "tensorboard", "transformers",
 )  # fmt: skip
-_SOURCES = (".py", ".cu", ".cuh", ".cpp", ".h")
-_FOLDERS = ("kernels", "parallel", "pretrain", "launch")
 
 # Variables that change what a run does, with what is to be said of them where they have one of these values.
 _VARIABLES: dict[str, tuple[str, str]] = {
@@ -53,7 +49,7 @@ def look(section: Section, *, quick: bool) -> None:
         "packages": {name: version_of(name) for name in PACKAGES},
     }
     facts = section.facts
-    made_of = f"commit {facts['commit']}, sources {facts['sources']}" if facts["commit"] else facts["sources"]
+    made_of = f"commit {facts['commit']}, sources {facts['sources']}"
     section.say(f"Farspan {__version__} ({made_of}), Python {facts['python']}, {facts['system']}")
     section.say(", ".join(f"{name} {found or 'is not installed'}" for name, found in facts["packages"].items()))
     _requirements(section)
@@ -66,32 +62,6 @@ def look(section: Section, *, quick: bool) -> None:
     if not quick:
         _known_wrong(section)
         _imports(section)
-
-
-@functools.cache
-def sources_digest() -> str:
-    """Eight letters of the SHA-256 of Farspan's sources, by which two nodes' may be told apart."""
-    digest = hashlib.sha256()
-    for folder in _FOLDERS:
-        for path in sorted((ROOT / folder).rglob("*")):
-            if path.suffix in _SOURCES and path.is_file():
-                digest.update(f"{path.relative_to(ROOT)}\n".encode())
-                digest.update(path.read_bytes())
-    return digest.hexdigest()[:8]
-
-
-def commit() -> str | None:
-    """The commit that is checked out, with a + where files were changed since; None: no checkout, or no git."""
-    if not (ROOT / ".git").exists():
-        return None
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--exclude=*"],
-            capture_output=True, text=True, timeout=5, check=True,
-        )  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() or None
 
 
 def _requirements(section: Section) -> None:

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import os
 import platform
 import socket
 import time
 import uuid
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from ...pretrain.data.store import TokenStore
 from ...pretrain.files import read_mapping, write_json
+from ...pretrain.provenance import COMPUTING, sources_digest
 from ...version import __version__
+from ..doctor.requirements import version_of
 from ..environment import expand_node_list
 from ..exit_codes import IO_ERROR
 from .common import Job, add_config, count, say
@@ -29,8 +29,6 @@ Look at this node before ranks start on it: the same versions as on the first no
 folder that all nodes share and can write to, the GPUs asked for.  Says what is wrong in one line.
 """
 
-PACKAGES = ("torch", "deepspeed", "megatron-core", "numpy")
-_ROOT = Path(__file__).resolve().parents[2]
 _SHARED_SECONDS = 30.0  # network file systems show a new file late
 
 
@@ -55,23 +53,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def versions() -> dict[str, str]:
-    """What must be the same on every node."""
-    found = {"farspan": __version__, "farspan's sources": digest(_ROOT), "python": platform.python_version()}
-    for package in PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
-
-
-def digest(root: Path) -> str:
-    """Of all sources of the package: clones of one version may differ."""
-    told = hashlib.sha256()
-    for layer in ("launch", "pretrain", "parallel", "kernels"):
-        for path in sorted((root / layer).rglob("*")):
-            if path.suffix in (".py", ".cu", ".cuh", ".cpp", ".h"):
-                told.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
-    return told.hexdigest()[:16]
+def versions() -> dict[str, str | None]:
+    """What must be the same on every node; None: not installed."""
+    found = {"farspan": __version__, "farspan's sources": sources_digest(), "python": platform.python_version()}
+    return found | {package: version_of(package) for package in COMPUTING}
 
 
 def write_expected(path: Path) -> None:
@@ -91,10 +76,8 @@ def compare(path: Path) -> str | None:
     expected, mine = read_mapping(path, "a run's log folder"), versions()
     for name, theirs in expected["versions"].items():
         if mine.get(name) != theirs:
-            return (
-                f"{name} is {mine.get(name, 'not installed')} here and {theirs} on {expected['host']}: "
-                "install the same on all nodes"
-            )
+            here, there = (version or "not installed" for version in (mine.get(name), theirs))
+            return f"{name} is {here} here and {there} on {expected['host']}: install the same on all nodes"
     return None
 
 

@@ -163,17 +163,6 @@ def test_variables_that_change_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "TORCH_DISTRIBUTED_DEBUG=INFO" in section.lines[0]
 
 
-def test_sources_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for folder in versions._FOLDERS:
-        (tmp_path / folder).mkdir()
-    monkeypatch.setattr(versions, "ROOT", tmp_path)
-    digest, seen = versions.sources_digest.__wrapped__, set()
-    for name, text in (("a.py", "x"), ("a.py", "y"), ("b.cu", ""), ("c.txt", "")):
-        (tmp_path / "kernels" / name).write_text(text)
-        seen.add(digest())
-    assert len(seen) == 3 and all(len(one) == 8 for one in seen)
-
-
 def test_what_cannot_be_imported_is_a_fault(first_on_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (first_on_path / "torch.py").write_text("raise ImportError('undefined symbol: ncclCommRegister')\n")
     monkeypatch.setenv("PYTHONPATH", str(first_on_path))
