@@ -6,11 +6,13 @@ import dataclasses
 import os
 import re
 import socket
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 
 # srun numbers steps from 0; from here on the numbers mean something else: the batch script, the shell that salloc
 # opens on a node, ... (slurm.h, SLURM_MAX_NORMAL_STEP_ID).
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
+
+NAMED = 16  # how many of many ranks are named before the others are counted
 
 # Where a local rank notes when it failed.  The order in which ranks end says little: one that fails closes its
 # connections before it ends, and the others, failing on those, may end first.
@@ -213,6 +215,19 @@ def expand_node_list(text: str) -> list[str]:
             found = [start + ending for start in found for ending in endings]
         names += found
     return names
+
+
+def describe_ranks(ranks: Sequence[int]) -> str:
+    """ "rank 3", "ranks 0-3, 8, 10"; of more than ``NAMED`` pieces the rest is counted."""
+    runs: list[list[int]] = []
+    for rank in sorted(ranks):
+        if runs and rank == runs[-1][1] + 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    said = [str(first) if first == last else f"{first}-{last}" for first, last in runs]
+    more = f" and {len(said) - NAMED} more" if len(said) > NAMED else ""
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(said[:NAMED])}{more}"
 
 
 def _expand_brackets(ranges: str, text: str) -> list[str]:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..pretrain.heartbeat import ranks_of
+from .environment import NAMED, describe_ranks
 
 # proc_pid_stat(5)
 STATES = {
@@ -25,7 +26,6 @@ STATES = {
 STOPPED = ("T", "t")
 _DATA = "data: "
 _PACKAGE = str(Path(__file__).resolve().parents[1])
-_NAMED = 16  # ranks that a line names before it counts the others
 
 Report = Mapping[str, Any]
 
@@ -41,8 +41,7 @@ def to_text(report: Report) -> str:
         "",
         "groups (collectives begun, ended):",
         *(
-            f"  {group['name']} {key}, ranks {describe_ranks(ranks_of(group['ranks']))}: "
-            f"{group['begun']}, {group['ended']}"
+            f"  {group['name']} {key}, {describe_ranks(ranks_of(group['ranks']))}: {group['begun']}, {group['ended']}"
             for key, group in record["groups"].items()
         ),
         "",
@@ -70,18 +69,6 @@ def who(report: Report) -> str:
     return f"rank {report['rank']} of {report['world']} ({report['host']}, pid {report['pid']})"
 
 
-def describe_ranks(ranks: Sequence[int]) -> str:
-    """0-3, 8, 10."""
-    runs: list[list[int]] = []
-    for rank in sorted(ranks):
-        if runs and rank == runs[-1][-1] + 1:
-            runs[-1].append(rank)
-        else:
-            runs.append([rank])
-    said = [f"{run[0]}" if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
-    return ", ".join(said[:_NAMED]) + (f" and {len(said) - _NAMED} more" if len(said) > _NAMED else "")
-
-
 def describe_last(record: Mapping[str, Any]) -> str:
     last = record["last"]
     if last is None:
@@ -91,7 +78,7 @@ def describe_last(record: Mapping[str, Any]) -> str:
     how = "waits in it" if last["waiting"] else "ended" if ended else "begun, not waited for yet"
     elements = f" of {last['elements']:,} elements" if last["elements"] else ""
     return (
-        f"{last['name']}{elements}, number {last['number']} in the group {group['name']} {last['group']} of ranks "
+        f"{last['name']}{elements}, number {last['number']} in the group {group['name']} {last['group']} of "
         f"{describe_ranks(ranks_of(group['ranks']))}: {how}, since {last['seconds']:.1f} s"
     )
 
@@ -171,11 +158,11 @@ def summary(reports: Mapping[int, Report], world: int) -> str:
     """Who holds up whom, in lines: the first names the culprits."""
     lines = []
     found = culprits(reports, world)
-    for rank, why in list(found.items())[:_NAMED]:
+    for rank, why in list(found.items())[:NAMED]:
         name = who(reports[rank]) if rank in reports else f"rank {rank} of {world}"
         lines.append(f"the run hangs at {name}: {why}")
-    if len(found) > _NAMED:
-        lines.append(f"and at {len(found) - _NAMED} more ranks: {describe_ranks(list(found))}")
+    if len(found) > NAMED:
+        lines.append(f"and at {len(found) - NAMED} more of {describe_ranks(list(found))}")
     lines.append("")
     for _, report in sorted(reports.items()):
         waited = waits_for(report, reports)
@@ -183,8 +170,8 @@ def summary(reports: Mapping[int, Report], world: int) -> str:
         line += f"{STATES.get(report['process']['state'], report['process']['state'])}; "
         line += f"silent for {report['silent_seconds']:.1f} s; last collective: {describe_last(report['record'])}"
         if waited:
-            line += f"; waits for rank{'s' if len(waited) > 1 else ''} {describe_ranks(waited)}"
+            line += f"; waits for {describe_ranks(waited)}"
         lines.append(line)
     if missing := [rank for rank in range(world) if rank not in reports]:
-        lines.append(f"no report of rank{'s' if len(missing) > 1 else ''} {describe_ranks(missing)}")
+        lines.append(f"no report of {describe_ranks(missing)}")
     return "\n".join(lines) + "\n"

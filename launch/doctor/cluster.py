@@ -16,7 +16,7 @@ from typing import Any
 from torch.distributed import Store
 
 from ...pretrain.provenance import COMPUTING
-from ..environment import RankEnvironment
+from ..environment import RankEnvironment, describe_ranks
 from ..network import gloo_address, interface_of, is_loopback, own_end
 from . import collectives, roll
 from .disk import nearest_folder
@@ -169,7 +169,7 @@ def _between_ranks(
     network.facts["at"] = behind
     said = "did not end" if outcome is None else f"failed: {' '.join(str(outcome).split())[:300]}"
     where = "; ".join(
-        f"{roll.ranges([r for r in behind if behind[r] == at])} at {at or 'the start'}"
+        f"{describe_ranks([r for r in behind if behind[r] == at])} at {at or 'the start'}"
         for at in dict.fromkeys(behind.values())
     )
     network.say(f"collectives {said} ({where})")

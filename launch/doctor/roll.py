@@ -16,7 +16,7 @@ from typing import Any
 
 from torch.distributed import PrefixStore, Store, TCPStore
 
-from ..environment import RankEnvironment, expand_node_list
+from ..environment import RankEnvironment, describe_ranks, expand_node_list
 
 _POLL = 0.05
 
@@ -137,17 +137,5 @@ def name_missing(
             where = f"on {listed[node]}"
         else:
             where = f"on node {node + 1} of {nodes}, of which nobody came"
-        parts.append(f"{ranges(mine)} {where}")
+        parts.append(f"{describe_ranks(mine)} {where}")
     return "; ".join(parts)
-
-
-def ranges(ranks: Sequence[int]) -> str:
-    """ "rank 3", "ranks 0, 2 to 5"."""
-    runs: list[list[int]] = []
-    for rank in sorted(ranks):
-        if runs and runs[-1][1] == rank - 1:
-            runs[-1][1] = rank
-        else:
-            runs.append([rank, rank])
-    said = ", ".join(str(a) if a == b else f"{a} to {b}" for a, b in runs)
-    return f"rank{'s' * (len(ranks) > 1)} {said}"

@@ -125,7 +125,7 @@ def test_a_rank_that_does_not_come_is_named(ranks: Ranks) -> None:
     began = time.monotonic()
     _, together, findings = run(ranks, seconds=2.0, world_size=4, local_world_size=2)
     faults = [what for severity, what in findings if severity == "fault"]
-    assert faults == ["ranks 2 to 3 on node 2 of 2, of which nobody came: not here after 2 s"]
+    assert faults == ["ranks 2-3 on node 2 of 2, of which nobody came: not here after 2 s"]
     assert together["network"]["missing"] == [2, 3] and "sizes" not in together["network"]
     assert time.monotonic() - began < 30
 
@@ -184,13 +184,9 @@ def test_missing_ranks_are_named_by_node() -> None:
     environment = RankEnvironment(0, 0, 8, 2, "n1", 29500)
     missing = [rank for rank in range(8) if rank not in CAME]
     said = roll.name_missing(missing, CAME, environment, {"SLURM_STEP_NODELIST": "n[1-4]"})
-    assert said == "ranks 2 to 3 on n2; rank 5 on n3, from where others came; ranks 6 to 7 on n4"
+    assert said == "ranks 2-3 on n2; rank 5 on n3, from where others came; ranks 6-7 on n4"
     said = roll.name_missing([2, 6], CAME, environment, {"SLURM_JOB_NODELIST": "n[1-9]"})
     assert said == "rank 2 on node 2 of 4, of which nobody came; rank 6 on node 4 of 4, of which nobody came"
-
-
-def test_ranks_in_words() -> None:
-    assert roll.ranges([3]) == "rank 3" and roll.ranges([5, 0, 1, 2, 7]) == "ranks 0 to 2, 5, 7"
 
 
 def test_names_of_nodes() -> None:

@@ -10,6 +10,7 @@ from farspan.launch.environment import (
     RankEnvironment,
     apply,
     check_address,
+    describe_ranks,
     expand_node_list,
     expand_tasks_per_node,
     idle_slurm_nodes,
@@ -244,6 +245,12 @@ def test_tasks_per_node() -> None:
     assert expand_tasks_per_node("16") == [16]
     with pytest.raises(ValueError, match="2x2"):
         expand_tasks_per_node("2x2")
+
+
+def test_ranks_are_said_in_short() -> None:
+    assert describe_ranks([3]) == "rank 3" and describe_ranks([10, 2, 0, 1, 3, 8]) == "ranks 0-3, 8, 10"
+    assert describe_ranks([5, 4]) == "ranks 4-5"
+    assert describe_ranks(range(0, 80, 2)).endswith(" 28, 30 and 24 more")
 
 
 def test_an_unknown_address_is_said_at_once() -> None:

@@ -468,8 +468,3 @@ def test_who_is_named() -> None:
     assert found(*launched, made(3, begun={"all": 9})) == [0, 1, 2, 3]
     # In two collectives at once: they wait for each other.
     assert found(*low, *[made(r, waits=("high", 5), begun={"all": 8}) for r in (2, 3)]) == [2, 3]
-
-
-def test_many_ranks_are_said_in_short() -> None:
-    assert hang_report.describe_ranks([0, 1, 2, 3, 8, 10]) == "0-3, 8, 10"
-    assert hang_report.describe_ranks(range(0, 80, 2)).endswith("30 and 24 more")
