@@ -75,13 +75,20 @@ def apply(environment: RankEnvironment, environ: MutableMapping[str, str] = os.e
 
 def check_address(environment: RankEnvironment) -> None:
     """ValueError where the first rank's machine has no known address: torch would go on asking for half an hour."""
+    if (problem := unresolved(environment.master_address)) is not None:
+        raise ValueError(problem)
+
+
+def unresolved(master: str) -> str | None:
+    """What is wrong with the name of the first rank's machine where it leads nowhere from here."""
     try:
-        socket.getaddrinfo(environment.master_address, environment.master_port)
+        socket.getaddrinfo(master, None)
     except OSError:
-        raise ValueError(
-            f"the name {environment.master_address} of the first rank's machine has no address here: "
+        return (
+            f"the name {master} of the first rank's machine has no address here: "
             "set MASTER_ADDR to one that every node can reach"
-        ) from None
+        )
+    return None
 
 
 def idle_slurm_nodes(environ: Mapping[str, str] = os.environ) -> int:
@@ -161,10 +168,10 @@ def _from_srun(environ: Mapping[str, str]) -> RankEnvironment:
         raise ValueError(f"WORLD_SIZE is {environ['WORLD_SIZE']} but srun started {world_size} tasks: unset WORLD_SIZE")
     address = environ.get("MASTER_ADDR")
     if address is None:
-        nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
+        nodes = slurm_nodes(environ)
         if not nodes:
             raise ValueError("srun started this process but SLURM_JOB_NODELIST is not set: set MASTER_ADDR")
-        address = expand_node_list(nodes)[0]  # srun puts task 0 on the step's first node
+        address = nodes[0]  # srun puts task 0 on the step's first node
     # The same port on every node without asking: jobs that share a node, and steps of one job, rarely meet.
     job, step = _integer(environ, "SLURM_JOB_ID"), _integer(environ, "SLURM_STEP_ID")
     return RankEnvironment(
@@ -197,6 +204,12 @@ def expand_tasks_per_node(text: str) -> list[int]:
             raise ValueError(f"cannot read {text!r} as tasks per node: expected the form 2(x3),1")
         counts += [int(match[1])] * int(match[2] or 1)
     return counts
+
+
+def slurm_nodes(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """Names of the step's nodes, else of the job's, in order; none outside of SLURM."""
+    text = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
+    return expand_node_list(text) if text else []
 
 
 def expand_node_list(text: str) -> list[str]:

@@ -8,7 +8,6 @@ import secrets
 import socket
 import sys
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,13 @@ from ...pretrain.provenance import COMPUTING
 from ..environment import RankEnvironment, describe_ranks
 from ..network import gloo_address, interface_of, is_loopback, own_end
 from . import collectives, roll
-from .disk import nearest_folder
+from .disk import is_seen, nearest_folder
 from .examination import Wanted, examine_node
 from .report import Section, examine
 from .roll import Unreachable, get, put
 
 NODE_SECONDS = 900.0  # for what is looked at on a node: a compiler may take 600
-_MARK = ".farspan-doctor-mark-"
+_MARK, _SEEN_SECONDS = ".farspan-doctor-mark-", 5.0
 
 # Facts of a node's sections that have to be the same on all: (section, fact, what it is, whether a run would fail).
 _SAME: tuple[tuple[str, str, str, bool], ...] = (
@@ -286,17 +285,7 @@ def _mark(store: Store, environment: RankEnvironment, path: Path) -> None:
         put(store, "mark", name)
         return
     name = get(store, "mark", NODE_SECONDS)
-    put(store, f"seen/{environment.rank}", name is not None and _sees(Path(name)))
-
-
-def _sees(file: Path, seconds: float = 5.0) -> bool:
-    """A network file system remembers for a while that there was nothing."""
-    deadline = time.monotonic() + seconds
-    while not (seen := file.exists()) and time.monotonic() < deadline:
-        with contextlib.suppress(OSError):
-            list(file.parent.iterdir())
-        time.sleep(0.2)
-    return seen
+    put(store, f"seen/{environment.rank}", name is not None and is_seen(Path(name), _SEEN_SECONDS))
 
 
 def _shared(

@@ -9,7 +9,6 @@ import fcntl
 import mmap
 import os
 import re
-import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -88,12 +87,21 @@ def look(section: Section, path: Path, *, quick: bool, need: Need | None = None)
         )
         return
     _space(section, folder, need)
-    with _scratch(section, folder) as scratch:
-        if scratch is None:
-            return
-        _operations(section, scratch, folder)
+    try:
+        made = scratch_folder(folder)
+    except OSError as error:
+        section.facts["writable"] = False
+        section.fault(
+            f"nothing can be written in {folder}: {explain(OSError(error.errno, error.strerror))}",
+            "a run writes its checkpoints and metrics there",
+            "get rights there, or set another run_dir",
+        )
+        return
+    section.facts["writable"] = True
+    with made as scratch:
+        _operations(section, Path(scratch), folder)
         if not quick:
-            _speed(section, scratch, folder, need)
+            _speed(section, Path(scratch), folder, need)
 
 
 def nearest_folder(path: Path) -> Path:
@@ -146,25 +154,20 @@ def _space(section: Section, folder: Path, need: Need | None) -> None:
         )
 
 
-@contextlib.contextmanager
-def _scratch(section: Section, folder: Path):  # type: ignore[no-untyped-def]
-    """A folder of our own in there, gone afterwards; None where none can be made, which is said."""
-    try:
-        scratch = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=folder))
-    except OSError as error:
-        section.facts["writable"] = False
-        section.fault(
-            f"nothing can be written in {folder}: {explain(OSError(error.errno, error.strerror))}",
-            "a run writes its checkpoints and metrics there",
-            "get rights there, or set another run_dir",
-        )
-        yield None
-        return
-    section.facts["writable"] = True
-    try:
-        yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+def scratch_folder(folder: Path) -> tempfile.TemporaryDirectory[str]:
+    """A folder of our own in there, gone after ``with``; OSError where none can be made."""
+    return tempfile.TemporaryDirectory(prefix=_PREFIX, dir=folder, ignore_cleanup_errors=True)
+
+
+def is_seen(file: Path, seconds: float) -> bool:
+    """Whether a file that another node has made is here, or comes within that time: a network file system remembers for
+    a while that there was nothing."""
+    deadline = time.monotonic() + seconds
+    while not (seen := file.exists()) and time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            list(file.parent.iterdir())  # asks the file system again
+        time.sleep(0.2)
+    return seen
 
 
 def _operations(section: Section, scratch: Path, folder: Path) -> None:

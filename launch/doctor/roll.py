@@ -16,7 +16,7 @@ from typing import Any
 
 from torch.distributed import PrefixStore, Store, TCPStore
 
-from ..environment import RankEnvironment, describe_ranks, expand_node_list
+from ..environment import RankEnvironment, describe_ranks, slurm_nodes
 
 _POLL = 0.05
 
@@ -126,7 +126,7 @@ def name_missing(
     nodes = -(-environment.world_size // local)
     listed: list[str] = []
     with contextlib.suppress(ValueError):
-        listed = expand_node_list(environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or "")
+        listed = slurm_nodes(environ)
     hosts = {rank // local: str(said["host"]) for rank, said in came.items()}
     parts = []
     for node in sorted({rank // local for rank in missing}):

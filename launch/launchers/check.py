@@ -7,20 +7,18 @@ configuration that does not fit, a folder that is not there or not shared, GPUs 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import platform
 import socket
-import time
-import uuid
 from pathlib import Path
 
 from ...pretrain.data.store import TokenStore
 from ...pretrain.files import read_mapping, write_json
 from ...pretrain.provenance import COMPUTING, sources_digest
 from ...version import __version__
+from ..doctor.disk import is_seen, scratch_folder
 from ..doctor.requirements import version_of
-from ..environment import expand_node_list
+from ..environment import slurm_nodes, unresolved
 from ..exit_codes import IO_ERROR
 from .common import Job, add_config, count, say
 
@@ -66,12 +64,7 @@ def write_expected(path: Path) -> None:
 
 def compare(path: Path) -> str | None:
     """What is different here from what the first node wrote."""
-    end = time.monotonic() + _SHARED_SECONDS
-    while not path.exists() and time.monotonic() < end:
-        with contextlib.suppress(OSError):
-            os.listdir(path.parent)  # noqa: PTH208 - asks the file system again
-        time.sleep(0.2)
-    if not path.exists():
+    if not is_seen(path, _SHARED_SECONDS):
         return f"{path} of the job's first node cannot be seen here: set run_dir to a folder that all nodes share"
     expected, mine = read_mapping(path, "a run's log folder"), versions()
     for name, theirs in expected["versions"].items():
@@ -82,10 +75,8 @@ def compare(path: Path) -> str | None:
 
 
 def unwritable(folder: Path) -> str | None:
-    probe = folder / f".check-{uuid.uuid4().hex}"
     try:
-        probe.write_bytes(b"")
-        probe.unlink()
+        scratch_folder(folder).cleanup()
     except OSError as error:
         return f"{folder} cannot be written to ({error.strerror})"
     return None
@@ -108,13 +99,5 @@ def missing_gpus(wanted: int) -> str | None:
 
 def unknown_address() -> str | None:
     """Whether the name of the first rank's node leads anywhere from here."""
-    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST")
-    name = os.environ.get("MASTER_ADDR") or (expand_node_list(nodes)[0] if nodes else None)
-    try:
-        if name is not None:
-            socket.getaddrinfo(name, None)
-    except OSError:
-        return (
-            f"the name {name} of the first node has no address here: set MASTER_ADDR to one that every node can reach"
-        )
-    return None
+    name = os.environ.get("MASTER_ADDR") or next(iter(slurm_nodes()), None)
+    return None if name is None else unresolved(name)

@@ -100,7 +100,7 @@ def another_environment() -> None:
     os.environ["NCCL_DEBUG"] = "WARN"
     clock = types.SimpleNamespace(time=lambda: time.time() + 7.0, perf_counter=time.perf_counter)
     collectives.time = clock  # type: ignore[attr-defined]
-    cluster._sees = lambda file: False
+    cluster.is_seen = lambda file, seconds: False
 
 
 def test_what_differs_between_nodes_is_named(ranks: Ranks, tmp_path: Path) -> None:

@@ -42,3 +42,21 @@ def test_what_the_first_node_wrote_is_waited_for_and_missed(tmp_path: Path, monk
     monkeypatch.setattr(check, "_SHARED_SECONDS", 0.3)
     problem = check.compare(tmp_path / "logs" / "expected.json")
     assert problem is not None and problem.endswith("set run_dir to a folder that all nodes share")
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
+    assert check.unwritable(tmp_path) is None and list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    assert check.unwritable(tmp_path / "file") == f"{tmp_path / 'file'} cannot be written to (Not a directory)"
+    assert check.unwritable(tmp_path / "x") == f"{tmp_path / 'x'} cannot be written to (No such file or directory)"
+
+
+def test_the_first_nodes_name_must_lead_somewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MASTER_ADDR", "SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST"):
+        monkeypatch.delenv(name, raising=False)
+    assert check.unknown_address() is None
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "no-such-host-[1-2].invalid")
+    problem = check.unknown_address()
+    assert problem is not None and problem.startswith("the name no-such-host-1.invalid of the first rank's machine")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    assert check.unknown_address() is None
