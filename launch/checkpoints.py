@@ -26,6 +26,7 @@ from ..pretrain.conversion.imported import logical_shapes
 from ..pretrain.conversion.model import model_of
 from . import checkpoint_listing
 from .checkpoint_listing import find, layout, reason
+from .options import positive
 from .tables import Progress, shorten, size, some, table
 
 _LS = """\
@@ -65,7 +66,7 @@ def add_arguments(checkpoint: argparse.ArgumentParser) -> None:
     verify = actions.add_parser("verify", help="whether it is whole", description=_VERIFY, formatter_class=raw)
     verify.add_argument("path", metavar="RUN|CHECKPOINT", type=Path, help=place)
     verify.add_argument("--all", action="store_true", help="all checkpoints of a run, not the latest alone")
-    verify.add_argument("--jobs", type=_positive, metavar="N", help="files read at once (default: cores, 8 at most)")
+    verify.add_argument("--jobs", type=positive, metavar="N", help="files read at once (default: cores, 8 at most)")
     verify.set_defaults(run=_while_read(run_verify), parser=verify)
 
     compare = actions.add_parser("diff", help="how two differ", description=_DIFF, formatter_class=raw)
@@ -94,12 +95,6 @@ def _while_read(action: Callable[[argparse.Namespace], int | None]) -> Callable[
         return code
 
     return run
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 up")
-    return int(text)
 
 
 def _tolerance(text: str) -> float:

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 
 from .environment import FAILURE_FILE, HUNG_SUFFIX, RankEnvironment, apply
 from .exit_codes import HUNG, IO_ERROR, STOPPED, USER_ERROR
+from .network import available_cores
 from .parent import die_with
 
 # -P: the working directory is no place to import from (it may well hold a folder named like a package).
@@ -77,11 +78,6 @@ def run_ranks(
         for number, handler in previous.items():
             signal.signal(number, handler)
     return group.conclude()
-
-
-def available_cores() -> int:
-    """Cores that this process may use: fewer than the machine's where a scheduler or taskset says so."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def free_port() -> int:

@@ -38,12 +38,17 @@ def settings(environment: RankEnvironment, environ: MutableMapping[str, str] = o
 
 def threads_of_a_rank(local_ranks: int, environ: MutableMapping[str, str] = os.environ) -> int:
     """Cores for each of so many ranks on this node: what SLURM gave a task, else an equal share."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available_cores()
     if (text := environ.get("SLURM_CPUS_PER_TASK", "")).isdigit():
         return max(1, min(int(text), cores))
     if (text := environ.get("SLURM_CPUS_ON_NODE", "")).isdigit():
         return max(1, min(int(text) // local_ranks, cores))  # the cores may be the node's or one task's
     return max(1, cores // local_ranks)
+
+
+def available_cores() -> int:
+    """Cores that this process may use: fewer than the machine's where a scheduler or taskset says so."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def gloo_interface(master: str) -> str | None:

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import exit_codes, network
+from . import exit_codes, network, rank_count
 from .environment import RankEnvironment, apply, check_address, idle_slurm_nodes, read_environment
+from .options import add_config, positive
 from .parent import die_with_launcher
 
 if TYPE_CHECKING:
@@ -36,10 +37,9 @@ A run that was stopped continues from its latest checkpoint when the same comman
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = DESCRIPTION
-    parser.add_argument("config", metavar="CONFIG", help="YAML file of the run")
-    parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="values that replace the file's")
+    add_config(parser)
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
-    parser.add_argument("--ranks", type=_positive, metavar="N", help="start N ranks on this machine")
+    parser.add_argument("--ranks", type=positive, metavar="N", help="start N ranks on this machine")
     parser.add_argument("--logs", metavar="FOLDER", help="write what each of them says to a file of its own there")
     parser.add_argument(
         "--resume",
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "PATH: continue from that checkpoint",
     )
     parser.add_argument(
-        "--stop-after", type=_positive, metavar="STEP", help="save and stop after this step; run again to go on"
+        "--stop-after", type=positive, metavar="STEP", help="save and stop after this step; run again to go on"
     )
 
 
@@ -111,7 +111,7 @@ def _start(args: argparse.Namespace) -> int:
     from .local import free_port
 
     config = _config_of(args)
-    ranks = args.ranks or _default_ranks(config)
+    ranks = args.ranks or rank_count.by_default(config)
     if idle := idle_slurm_nodes():
         note = f"note: {idle} more nodes of this SLURM job stay idle; srun starts ranks on all of them"
         print(f"farspan: {note}", file=sys.stderr, flush=True)
@@ -126,36 +126,17 @@ def _config_of(args: argparse.Namespace) -> Config:
     return load_config(args.config, args.overrides)
 
 
-def _default_ranks(config: Config) -> int:
-    """The number that the layout says; where it leaves the replicas open, every GPU, or one replica on a CPU."""
-    import torch
-
-    parallel = config.parallel
-    if parallel.data is None and torch.cuda.device_count() > 0:
-        return torch.cuda.device_count()
-    return parallel.tensor * parallel.pipeline * (parallel.data or 1)
-
-
 def _start_ranks(config: Config, ranks: int, args: argparse.Namespace) -> int:
     import torch
 
-    from ..pretrain.config import check_world
     from .local import run_ranks
 
     gpus = torch.cuda.device_count()
     if 0 < gpus < ranks:
         raise ValueError(f"{ranks} ranks need a GPU each and this machine shows {gpus}: start fewer with --ranks")
-    # The layout only, with the CPU's name: asking a GPU what it can do would leave this process's context on it.  What
-    # depends on the device each rank checks for itself.
-    check_world(config, ranks, torch.device("cpu"))
+    rank_count.check(config, ranks)
     options = ["--resume", args.resume]
     if args.stop_after is not None:
         options += ["--stop-after", str(args.stop_after)]
     logs = None if args.logs is None else Path(args.logs)
     return run_ranks(["train", args.config, *args.overrides, *options], ranks, logs=logs)
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 up")
-    return int(text)

@@ -126,15 +126,15 @@ def _wanted(args: argparse.Namespace, environment: RankEnvironment | None) -> Wa
     if args.config is None:
         return Wanted(None, None, path, args.quick)
     from ...pretrain.config_file import load_config
+    from .. import rank_count
     from .run_checks import Ranks
 
     config = load_config(args.config, args.overrides)
-    parallel, gpus = config.parallel, torch.cuda.device_count()
-    model = parallel.tensor * parallel.pipeline
+    gpus = torch.cuda.device_count()
     if environment is not None and environment.world_size > 1:
         world, local = environment.world_size, environment.local_world_size
     else:  # as farspan train would start them here
-        world = args.ranks or (gpus if gpus and parallel.data is None else model * (parallel.data or 1))
+        world = args.ranks or rank_count.by_default(config)
         local = world
     world = args.world or world
     local = args.local or min(local, world, gpus or world)

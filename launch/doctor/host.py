@@ -13,7 +13,7 @@ import shutil
 import socket
 from pathlib import Path
 
-from ..network import addresses_of
+from ..network import addresses_of, available_cores
 from ..tables import size
 from .report import Section
 
@@ -89,7 +89,7 @@ def _cgroups(root: Path, controller: str) -> list[Path]:
 
 
 def _processors(section: Section, root: Path) -> None:
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    allowed = available_cores()
     machine, quota = os.cpu_count() or 1, cgroup_cores(root)
     nodes = sorted((root / "sys/devices/system/node").glob("node[0-9]*"))
     model = re.search(r"^model name\s*:\s*(.*)$", _read(root / "proc/cpuinfo"), flags=re.M)

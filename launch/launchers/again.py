@@ -14,9 +14,10 @@ from pathlib import Path
 from .. import endings
 from ..endings import Ending
 from ..exit_codes import DONE, FAULT, INTERRUPTED, STOPPED, USER_ERROR
+from ..options import add_config, count
 from ..progress import Progress
 from .check import write_expected
-from .common import Job, add_config, count, say
+from .common import Job, say
 from .restarts import FRUITLESS, Record, fruitless, record, records
 
 DESCRIPTION = """\

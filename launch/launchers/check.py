@@ -20,7 +20,8 @@ from ..doctor.disk import is_seen, scratch_folder
 from ..doctor.requirements import version_of
 from ..environment import slurm_nodes, unresolved
 from ..exit_codes import IO_ERROR
-from .common import Job, add_config, count, say
+from ..options import add_config, count
+from .common import Job, say
 
 DESCRIPTION = """\
 Look at this node before ranks start on it: the same versions as on the first node, the configuration, the data, a run

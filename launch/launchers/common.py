@@ -11,8 +11,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...pretrain.config import Config, check_world
+from ...pretrain.config import Config
 from ...pretrain.config_file import load_config
+from .. import rank_count
+from ..options import count
 from ..progress import Progress, progress
 
 
@@ -44,19 +46,8 @@ class Job:
         return progress(self.config)
 
     def check_ranks(self, ranks: int) -> None:
-        """ValueError where so many do not fit the layout.  What depends on the device each rank checks for itself."""
-        import torch
-
-        check_world(self.config, ranks, torch.device("cpu"))
-
-    def ranks_of_layout(self) -> int:
-        parallel = self.config.parallel
-        return parallel.tensor * parallel.pipeline * (parallel.data or 1)
-
-
-def add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG", help="YAML file of the run")
-    parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="values that replace the file's")
+        """ValueError where so many do not fit the layout."""
+        rank_count.check(self.config, ranks)
 
 
 def add_supervision(parser: argparse.ArgumentParser) -> None:
@@ -68,20 +59,6 @@ def add_supervision(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="failures in a row without a new checkpoint before giving up (3)",
     )
-
-
-def count(text: str) -> int:
-    """An option's value."""
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 up")
-    return int(text)
-
-
-def positive(text: str) -> int:
-    """An option's value."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 up")
-    return int(text)
 
 
 def quoted(words: Sequence[str]) -> str:

@@ -18,9 +18,10 @@ from ...pretrain.lease import LEASE
 from ..endings import ENDINGS
 from ..local import COMMAND
 from ..network import threads_of_a_rank
-from .common import Job, add_config, add_supervision, count, positive, quoted, say, stamp
+from ..options import add_config, count, positive
+from .common import Job, add_supervision, stamp
 from .processes import ranks_below
-from .supervise import Launcher, Limits, supervise
+from .supervise import Launcher, keep_going
 
 DESCRIPTION = """\
 Start DeepSpeed's launcher over the nodes of a hostfile (lines `NAME slots=RANKS`), and keep it going until the run's
@@ -50,13 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     job = Job.of(args)
     command = DeepSpeed.of(args, job)
-    if args.dry_run:
-        print(quoted(command.words(0)))
-        return 0
-    say(f"logs of ranks are in {job.run_dir / 'logs'}")
     env = dict(os.environ)
     env.setdefault("OMP_NUM_THREADS", str(threads_of_a_rank(max(command.slots.values()))))
-    limits = Limits(fruitless=args.max_restarts, margin_seconds=job.config.checkpoint.margin_seconds)
     launcher = Launcher(
         "deepspeed",
         command.words,
@@ -67,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         endings=command.endings,
         watch=Follower(command.logs).show,
     )
-    return supervise(launcher, job.progress, limits, run_dir=job.run_dir if not args.node_rank else None)
+    return keep_going(launcher, job, args, records=not args.node_rank)
 
 
 def read_hostfile(path: Path) -> dict[str, int]:

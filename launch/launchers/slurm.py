@@ -12,10 +12,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ...pretrain.files import write_text
+from .. import rank_count
 from ..exit_codes import FAULT
 from ..local import COMMAND
+from ..options import add_config, count, positive
 from .again import add_policy
-from .common import Job, add_config, count, positive, quoted, say
+from .common import Job, quoted, say
 
 DESCRIPTION = """\
 Submit a run to SLURM: one task a rank, checked nodes, a log of each rank, and a job that comes back.
@@ -168,7 +170,7 @@ def _ranks_per_node(args: argparse.Namespace, job: Job) -> int:
         )
     if ranks is not None:
         return ranks
-    layout = job.ranks_of_layout()
+    layout = rank_count.of_layout(job.config)
     if layout % args.nodes:
         raise ValueError(
             f"the layout's {layout} ranks do not divide among --nodes {args.nodes}: give --ntasks-per-node, "

@@ -7,6 +7,7 @@ as that makes sense.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import os
@@ -25,7 +26,7 @@ from ..endings import ENDINGS, Ending
 from ..exit_codes import DONE, FAULT, INTERRUPTED, STOPPED, USER_ERROR
 from ..parent import die_with
 from ..progress import Progress
-from .common import say
+from .common import Job, quoted, say
 from .processes import kill_all, ranks_below
 from .restarts import FRUITLESS, record
 
@@ -84,6 +85,17 @@ def supervise(
     again without end.  ``run_dir``: where every start and end is recorded.
     """
     return _Supervisor(launcher, progress, limits, run_dir).run()
+
+
+def keep_going(launcher: Launcher, job: Job, args: argparse.Namespace, *, records: bool = True) -> int:
+    """What the commands do with a launcher (options: ``add_supervision``): say its command with --dry-run, else
+    ``supervise`` it.  ``records``: whether this node is the one that records starts and ends."""
+    if args.dry_run:
+        print(quoted(launcher.command(0)))
+        return DONE
+    say(f"logs of ranks are in {job.run_dir / 'logs'}")
+    limits = Limits(fruitless=args.max_restarts, margin_seconds=job.config.checkpoint.margin_seconds)
+    return supervise(launcher, job.progress, limits, run_dir=job.run_dir if records else None)
 
 
 class _Supervisor:

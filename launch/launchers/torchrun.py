@@ -10,10 +10,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .. import rank_count
 from ..local import COMMAND, free_port
 from ..network import address_towards, threads_of_a_rank
-from .common import Job, add_config, add_supervision, count, positive, quoted, say, stamp
-from .supervise import Launcher, Limits, supervise
+from ..options import add_config, count, positive
+from .common import Job, add_supervision, stamp
+from .supervise import Launcher, keep_going
 
 DESCRIPTION = """\
 Start torchrun on this node, and keep it going until the run's steps are done.  To be given on each node:
@@ -79,18 +81,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     job = Job.of(args)
     command = Torchrun.of(args, job)
-    if args.dry_run:
-        print(quoted(command.words(0)))
-        return 0
     env = dict(os.environ)
     env.setdefault("OMP_NUM_THREADS", str(threads_of_a_rank(command.ranks_per_node)))
     # Else ranks use the store of their agent, the same one for all starts, and find the addresses of ranks that are
     # gone (pytorch issue 135712).  With it every rendezvous has a store of its own.
     env.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    say(f"logs of ranks are in {job.run_dir / 'logs'}")
-    limits = Limits(fruitless=args.max_restarts, margin_seconds=job.config.checkpoint.margin_seconds)
-    launcher = Launcher("torchrun", command.words, env)
-    return supervise(launcher, job.progress, limits, run_dir=job.run_dir if command.node_rank == 0 else None)
+    return keep_going(Launcher("torchrun", command.words, env), job, args, records=command.node_rank == 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +151,7 @@ def _ranks_per_node(job: Job, nodes: Nodes) -> int:
 
     if (gpus := torch.cuda.device_count()) > 0:
         return gpus
-    ranks = job.ranks_of_layout()
+    ranks = rank_count.of_layout(job.config)
     if ranks % nodes.most:
         raise ValueError(
             f"the layout's {ranks} ranks do not divide among {nodes.most} nodes: give --ranks-per-node, or change the "

@@ -199,6 +199,6 @@ def test_only_what_is_known(tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
         main(["launch", "again", "middle", "--job", "1", "--series", "1", "--logs", str(tmp_path), "x.yaml"])
     with pytest.raises(argparse.ArgumentTypeError, match="'x' is not a number from 0 up"):
-        from farspan.launch.launchers.common import count
+        from farspan.launch.options import count
 
         count("x")
