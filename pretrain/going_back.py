@@ -91,8 +91,7 @@ class GoingBack:
         problem = None
         if self.mesh.is_writer:
             try:
-                if self.saving.saver.confirm is not None:
-                    self.saving.saver.confirm()
+                self.saving.confirm()
                 self.writer.sync()
                 add(self.config.run_dir, rollback)
             except OSError as error:  # perhaps after the line was there

@@ -17,7 +17,7 @@ from .watch import Watch
 
 
 class Saving:
-    """Saves the state of a run at intervals and at its end; every method is collective.
+    """Saves the state of a run at intervals and at its end; every method but ``confirm`` is collective.
 
     A save that fails is said and counted, and the run goes on: older checkpoints are untouched, and the next one is
     tried again.  Only the last one must not fail.  ``confirm``: as ``Saver`` has it.  ``rollbacks``: that the run has
@@ -80,6 +80,10 @@ class Saving:
         """Say how a save has ended, if it has; after every step."""
         if (saved := self.saver.poll()) is not None:
             self._report(saved)
+
+    def confirm(self) -> None:
+        """On the writer, before something is done that cannot be undone."""
+        self.saver.confirm()
 
     def wait(self) -> None:
         """For a save that is under way, however it ends."""

@@ -107,7 +107,7 @@ class Saver:
         confirm: Callable[[], None] | None = None,
     ) -> None:
         self.root, self.mesh, self.retention, self.asynchronous = root, mesh, retention, asynchronous
-        self.confirm = confirm
+        self.confirm = confirm or _nothing
         self.failed = 0  # saves
         self._pending: _Pending | None = None
         self._host: dict[str, Tensor] = {}
@@ -216,8 +216,7 @@ class Saver:
             manifest = dataclasses.replace(manifest, tokenizer=copied)
         pending.bytes = manifest.bytes
         manifest.write(pending.beside)
-        if self.confirm is not None:
-            self.confirm()
+        self.confirm()
         folders.publish(pending.beside, pending.final)
         try:
             folders.forget(self.root, pending.final, self.retention)
