@@ -51,8 +51,8 @@ from farspan.pretrain.metrics import read_metrics  # noqa: E402
 PACKAGES = ("torch", "megatron-core", "deepspeed")
 HANG_SECONDS = 3.0
 INTERVAL = 10  # steps between saves
-BETWEEN = 60  # at most so many steps between two faults
-BESIDE = {"second-job": 500, "full-disk": 50}  # about so many more are made beside some
+BETWEEN = 45  # at most so many steps between two faults
+BESIDE = {"second-job": 300, "full-disk": 50}  # about so many more are made beside some
 DISK_BYTES = 48 * 2**20
 PATIENCE_SECONDS = 240.0  # for the run to make a step again
 TINY = {
@@ -172,7 +172,8 @@ def rank_stopped(job: Job, rng: random.Random) -> None:
     job.until(lambda: not alive(victim.pid), "a stopped rank was not ended", HANG_SECONDS + 60)
     found = sorted((job.run_dir / "hangs").glob("*/summary.txt"))
     if len(found) <= reports:
-        raise Failed("no report of a stopped rank")
+        there = [str(path.relative_to(job.run_dir)) for path in sorted((job.run_dir / "hangs").rglob("*"))]
+        raise Failed(f"no report of a stopped rank; there are {', '.join(there)}")
     if f"rank {victim.rank}" not in found[-1].read_text():
         raise Failed(f"{found[-1]} does not name rank {victim.rank}")
 

@@ -29,7 +29,7 @@ from .hang_report import Report
 STACKS_SIGNAL = signal.SIGRTMIN + 3  # nobody else's, we hope: SIGUSR1 asks to save, schedulers send SIGUSR2
 FOLDER = "hangs"
 _CLAIMS = ".claims"  # in it: 1, 2, ... for the run's first hang, its second, ...
-PATIENCE_SECONDS = 10.0  # for the reports of other ranks
+PATIENCE_SECONDS = 15.0  # for the reports of other ranks
 _LIMIT_SECONDS = 1800.0  # until the configuration has been read
 _POLL_SECONDS = 1.0
 _WRITE_SECONDS = 10.0  # that a file system gets
@@ -143,7 +143,7 @@ class Guard:
         end = time.monotonic() + PATIENCE_SECONDS
         if process["state"] in hang_report.STOPPED:
             # It would go on for a moment, and others with it: their stacks come first.
-            self._collect(reports, self.world - 1, time.monotonic() + PATIENCE_SECONDS / 2)
+            self._collect(reports, self.world - 1, time.monotonic() + PATIENCE_SECONDS / 3)
         stacks = self._take_stacks()
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.parent, signal.SIGSTOP)  # nothing is to change, and nobody to fail before all have reported
@@ -179,10 +179,17 @@ class Guard:
             text = text.split("\n\n")[0] + f"\nstacks and last collectives of all ranks: {folder}/summary.txt\n"
         elif not first:
             text = f"{hang_report.who(mine)} holds up the others, {found.get(self.rank)}\n"
+            # The end of this rank may be the end of all, with the guard that writes it.
+            self._wait_for(folder / "summary.txt")
         if first or folder is None or self.rank in found:
             _say(f"farspan: {text}" if self.rank == 0 else f"farspan: [rank {self.rank}] {text}")
         if note := os.environ.get(FAILURE_FILE):
             within(1.0, lambda: Path(note + HUNG_SUFFIX).write_text(str(folder or "")))
+
+    def _wait_for(self, file: Path) -> None:
+        end = time.monotonic() + _WRITE_SECONDS
+        while within(_WRITE_SECONDS, file.exists) is False and time.monotonic() < end:
+            time.sleep(0.05)
 
     def _file(self, rank: int) -> Path | None:
         return None if self.folder is None else self.folder / f"rank-{rank:05d}.txt"

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import types
 from pathlib import Path
@@ -21,6 +22,7 @@ from faults import Member, alive, members, state, until, until_gone
 import farspan
 from farspan.launch import guard, hang_report
 from farspan.launch.exit_codes import HUNG
+from farspan.launch.guard_process import Guard
 from farspan.launch.local import run_ranks
 
 HANG = 0.8  # seconds
@@ -468,3 +470,17 @@ def test_who_is_named() -> None:
     assert found(*launched, made(3, begun={"all": 9})) == [0, 1, 2, 3]
     # In two collectives at once: they wait for each other.
     assert found(*low, *[made(r, waits=("high", 5), begun={"all": 8}) for r in (2, 3)]) == [2, 3]
+
+
+def test_no_rank_ends_before_it_is_written_who_holds_up_whom(tmp_path):
+    """The end of one rank may end the others, and the guard that is about to write it."""
+    guard = Guard.__new__(Guard)
+    guard.rank, guard.world, guard.folder = 1, 2, tmp_path
+    reports = {0: made(0), 1: made(1, state="T")}
+    ending = threading.Thread(target=guard._conclude, args=(reports, reports[1]), daemon=True)
+    ending.start()
+    ending.join(0.5)
+    assert ending.is_alive()
+    (tmp_path / "summary.txt").write_text("")
+    ending.join(PATIENCE)
+    assert not ending.is_alive()
