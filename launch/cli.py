@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = exit_codes.FAULT
         if _is_for_the_user(error):
             code = exit_codes.of_system(error) if isinstance(error, OSError) else exit_codes.USER_ERROR
-        endings.note(code, error)
+        endings.note(code, error, _one_line(error))
         if os.environ.get("FARSPAN_TRACEBACK", "0") not in ("", "0") or code == exit_codes.FAULT:
             raise
         _say(_one_line(error))

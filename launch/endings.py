@@ -35,12 +35,14 @@ class Ending:
         return self.code == USER_ERROR and self.kind != "InUse"
 
 
-def note(code: int, error: BaseException | None = None, environ: Mapping[str, str] = os.environ) -> None:
+def note(
+    code: int, error: BaseException | None = None, message: str = "", environ: Mapping[str, str] = os.environ
+) -> None:
     """Leave word of how this rank ends; never an error."""
     folder, rank = environ.get(ENDINGS), environ.get("RANK") or environ.get("SLURM_PROCID", "0")
     if not folder or not rank.isdigit():
         return
-    ending = Ending(int(rank), code, time.time(), type(error).__name__ if error else "", str(error or "")[:1000])
+    ending = Ending(int(rank), code, time.time(), type(error).__name__ if error else "", message[:1000])
     path = Path(folder, f"rank-{int(rank):05d}.json")
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -172,15 +172,17 @@ def _from_srun(environ: Mapping[str, str]) -> RankEnvironment:
         if not nodes:
             raise ValueError("srun started this process but SLURM_JOB_NODELIST is not set: set MASTER_ADDR")
         address = nodes[0]  # srun puts task 0 on the step's first node
-    # The same port on every node without asking: jobs that share a node, and steps of one job, rarely meet.
+    # The same port on every node without asking: jobs that share a node, and steps of one job, rarely meet; a job that
+    # comes back has another one.
     job, step = _integer(environ, "SLURM_JOB_ID"), _integer(environ, "SLURM_STEP_ID")
+    number = job + 101 * step + 1009 * _integer(environ, "SLURM_RESTART_COUNT", 0)
     return RankEnvironment(
         rank=_integer(environ, "SLURM_PROCID"),
         local_rank=_integer(environ, "SLURM_LOCALID"),
         world_size=world_size,
         local_world_size=_slurm_local_tasks(environ, world_size),
         master_address=address,
-        master_port=_integer(environ, "MASTER_PORT", 10000 + (job + 101 * step) % 20000),  # below the ephemeral ports
+        master_port=_integer(environ, "MASTER_PORT", 10000 + number % 20000),  # below the ephemeral ports
     )
 
 

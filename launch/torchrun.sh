@@ -6,7 +6,11 @@
 # `farspan launch torchrun` makes this line, passes signals to the ranks so that they save, and starts torchrun again when
 # it or the rendezvous is lost (docs/launching.md).
 set -euo pipefail
-node=${1:?which node this is, from 0 up} config=${2:?the configuration}
+if (($# < 2)); then
+  echo "torchrun.sh: give which node this is, from 0 up, and the configuration" >&2
+  exit 2
+fi
+node=$1 config=$2
 shift 2
 nodes=${NODES:-1} ranks=${RANKS_PER_NODE:-8} master=${MASTER:-127.0.0.1} port=${PORT:-29500}
 run_id=${RUN_ID:-farspan} # the same on all nodes; another one for each run that meets at the same place

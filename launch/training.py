@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import exit_codes, network, rank_count
+from . import endings, exit_codes, network, rank_count
 from .environment import RankEnvironment, apply, check_address, idle_slurm_nodes, read_environment
 from .options import add_config, positive
 from .parent import die_with_launcher
@@ -81,6 +81,8 @@ def _be_rank(args: argparse.Namespace, environment: RankEnvironment, config: Con
         from ..pretrain.train import train
 
         stopped = train(config, resume=args.resume, stop_after=args.stop_after) is not None
+    if stopped and environment.rank == 0:
+        endings.note(exit_codes.STOPPED)  # a launcher may say no more than how the last rank was ended
     return exit_codes.of_stop(environment.rank) if stopped else exit_codes.DONE
 
 

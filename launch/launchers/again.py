@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,10 +22,11 @@ from .common import Job, say
 from .restarts import FRUITLESS, Record, fruitless, record, records
 
 DESCRIPTION = """\
-Asked by the script of `farspan launch slurm`: `again start` answers go or stop, `again end` answers requeue, chain or
+Asked by the script of `farspan launch slurm`: `again start` answers go, `again end` requeue or chain, or either of them
 the exit code with which the job is to end.
 """
 WAYS = ("requeue", "chain", "no")
+_SIGNALLED = 128 + signal.SIGUSR1  # before a rank listened to it
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +59,7 @@ def add_policy(parser: argparse.ArgumentParser) -> None:
         type=count,
         default=FRUITLESS,
         metavar="N",
-        help=f"failures in a row without a new checkpoint before giving up ({FRUITLESS})",
+        help=f"starts in a row without a new checkpoint, unless SLURM ended them, before giving up ({FRUITLESS})",
     )
 
 
@@ -89,6 +91,10 @@ class JobState:
         return self.state == "TIMEOUT" or self.reason == "TimeLimit"
 
     @property
+    def lost_a_node(self) -> bool:
+        return self.state == "NODE_FAIL" or self.reason == "NodeDown"
+
+    @property
     def is_ending(self) -> bool:
         """By an order, or for the loss of a node: the script still runs, for a little while."""
         return self.state not in ("RUNNING", "SUSPENDED")
@@ -99,7 +105,8 @@ _FIELDS = ("JobState", "Reason", "Restarts", "PreemptTime")
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """``word``: requeue, chain or none; ``code``: the job's exit code where none; ``asked``: it was asked to stop."""
+    """``word``: requeue, chain or none; ``code``: the job's exit code where none; ``asked``: it was asked to stop, and
+    saved or was not given the time to."""
 
     word: str
     why: str
@@ -129,33 +136,39 @@ def decide(
 ) -> Decision:
     """Whether a job that ended comes back.
 
-    ``code``: srun's, the highest of the ranks'.  ``restart``: how often SLURM had started the job again when this start
-    began.  ``in_vain``: starts in a row, this one among them, without a new checkpoint.
+    ``code``: srun's, the highest of the ranks'.  ``said``: by ranks, of their ends.  ``restart``: how often SLURM had
+    started the job again when this start began.  ``in_vain``: starts in a row, this one among them, without a new
+    checkpoint.
     """
     at = f"at step {progress.step} of {progress.steps}"
     if progress.done:
         return Decision("none", f"all {progress.steps} steps are done")
+    preempted = job is not None and job.preempted
     if job is not None and job.is_ending:
         if job.restarts > restart or job.state in ("PENDING", "REQUEUED"):
             return Decision("none", f"SLURM has put the job back into the queue, {at}", asked=True)
-        if not (job.ran_out_of_time or job.preempted):
+        if not (job.ran_out_of_time or preempted or job.lost_a_node):
             return Decision("none", f"cancelled {at}: not started again", code=code, asked=True)
-    out_of_time = job is not None and (job.ran_out_of_time or job.preempted)
     last = endings.final(list(said))
     if last is not None:
         return Decision("none", f"not started again: rank {last.rank} said: {last.message}", code=USER_ERROR)
-    asked = code == STOPPED or out_of_time
+    # srun ends ranks that take longer to leave than the first one, and says that it did.
+    saved = code == STOPPED or any(one.code == STOPPED for one in said)
+    out_of_time = job is not None and job.ran_out_of_time
+    asked = saved or preempted or out_of_time or code == _SIGNALLED
     how = "asked to stop" if asked else f"failed with exit code {code}"
+    how = f"lost a node ({how})" if job is not None and job.lost_a_node else how
     if code == INTERRUPTED:
         return Decision("none", f"interrupted {at}: not started again", code=code)
     if policy.again == "no":
         return Decision("none", f"{how} {at}: the same command goes on", code=code, asked=asked)
-    if not asked:
-        if not policy.until_done:
-            return Decision("none", f"{how} {at}: not started again without --until-done", code=code)
-        if in_vain > policy.max_restarts:
-            return Decision("none", f"{how} {at}: {in_vain} starts in a row brought no checkpoint, given up", code=code)
-    return Decision(policy.again, f"{how} {at}: comes back ({policy.again})", asked=asked)
+    if not asked and not policy.until_done:
+        return Decision("none", f"{how} {at}: not started again without --until-done", code=code)
+    if not (saved or preempted) and in_vain > policy.max_restarts:
+        why = f"{how} {at}: {in_vain} starts in a row brought no checkpoint, given up"
+        why += "; set a longer --time or checkpoint.margin_seconds" if out_of_time else ""
+        return Decision("none", why, code=code or FAULT)
+    return Decision(policy.again, f"{how} {at}: comes back ({policy.again})", asked=saved or preempted)
 
 
 def may_start(
@@ -183,7 +196,7 @@ def run(args: argparse.Namespace) -> int:
     policy = Policy(args.again, args.until_done, args.max_restarts)
     progress = job.progress()
     told = [one for one in records(job.run_dir) if one.get("series") == args.series]
-    in_vain = fruitless(told, progress.step)
+    in_vain = fruitless(told, progress.step, before=args.job if args.moment == "start" else None)
     about = {"by": "slurm", "job": args.job, "restart": args.restart, "series": args.series}
     if args.moment == "start":
         ended = next((one for one in reversed(told) if one.get("event") == "end"), None)
@@ -192,7 +205,7 @@ def run(args: argparse.Namespace) -> int:
         why = may_start(policy, progress, JobState.read(args.before), args.series != args.job, ended, in_vain)
         if why is not None:
             say(why)
-            print("stop")
+            print(DONE if progress.done else FAULT)
             return 0
         record(job.run_dir, "start", **about, step=progress.step, steps=progress.steps, nodes=args.nodes)
         write_expected(args.logs / "expected.json")
@@ -200,7 +213,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     said = endings.read(args.logs / "endings")
     decision = decide(policy, progress, args.code, said, JobState.read(args.told), args.restart, in_vain)
-    first = said[0] if said else None
+    first = next((one for one in said if one.code != STOPPED), None)
     record(
         job.run_dir,
         "end",

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ...pretrain.config import Config
 from ...pretrain.config_file import load_config
+from ...pretrain.data.store import TokenStore
 from .. import rank_count
 from ..options import count
 from ..progress import Progress, progress
@@ -48,6 +49,11 @@ class Job:
     def check_ranks(self, ranks: int) -> None:
         """ValueError where so many do not fit the layout."""
         rank_count.check(self.config, ranks)
+
+    def check_folders(self) -> None:
+        """ValueError or OSError where there are no data, or the run folder cannot be made: each rank would say so."""
+        TokenStore(self.config.data.folder)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
 
 
 def add_supervision(parser: argparse.ArgumentParser) -> None:

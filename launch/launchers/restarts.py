@@ -44,16 +44,20 @@ def records(run_dir: Path) -> list[Record]:
     return found
 
 
-def fruitless(told: Sequence[Record], step: int) -> int:
-    """How many of the last starts began at ``step`` and have brought no checkpoint since; those that were asked to stop
-    do not count.  A start whose end nobody could tell (a lost node) counts."""
-    count, asked = 0, False
+def fruitless(told: Sequence[Record], step: int, before: str | None = None) -> int:
+    """How many of the last starts began at ``step`` and have brought no checkpoint since.
+
+    Those that were asked to stop do not count, nor those that a job scheduler ended and started again by itself
+    (preempted, a node lost): a start without an end after which the same job began again.  ``before``: the job that is
+    about to be started.  Other starts whose end nobody could tell count.
+    """
+    count, asked, job = 0, False, before
     for one in reversed(told):
         if one.get("event") == "end":
-            asked = bool(one.get("asked"))
+            asked, job = bool(one.get("asked")), None
         elif one.get("event") == "start":
             if one.get("step") != step:
                 break
-            count += not asked
-            asked = False
+            count += not (asked or (job is not None and one.get("job") == job))
+            asked, job = False, one.get("job")
     return count

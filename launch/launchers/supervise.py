@@ -93,6 +93,8 @@ def keep_going(launcher: Launcher, job: Job, args: argparse.Namespace, *, record
     if args.dry_run:
         print(quoted(launcher.command(0)))
         return DONE
+    if not job.progress().done:
+        job.check_folders()
     say(f"logs of ranks are in {job.run_dir / 'logs'}")
     limits = Limits(fruitless=args.max_restarts, margin_seconds=job.config.checkpoint.margin_seconds)
     return supervise(launcher, job.progress, limits, run_dir=job.run_dir if records else None)

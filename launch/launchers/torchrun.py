@@ -113,7 +113,8 @@ class Torchrun:
         if nodes.most > 1 and args.rendezvous is None:
             raise ValueError(f"--nodes {nodes} need a place to meet: give --rendezvous HOST:PORT, HOST being node 0")
         ranks = args.ranks_per_node or _ranks_per_node(job, nodes)
-        job.check_ranks(nodes.most * ranks)
+        for number in range(nodes.least, nodes.most + 1):
+            job.check_ranks(number * ranks)
         return Torchrun(
             nodes=nodes,
             node_rank=args.node_rank,

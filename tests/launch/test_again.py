@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -62,7 +63,6 @@ def test_a_job_as_scontrol_tells_of_it() -> None:
         (75, told()),
         (75, None),  # SLURM does not answer
         (75, told("COMPLETING", "TimeLimit")),
-        (137, told("COMPLETING", "TimeLimit")),  # saving took too long
         (137, told("COMPLETING", preempted="2026-01-01T00:00:00")),
     ],
 )
@@ -71,6 +71,36 @@ def test_what_was_asked_to_stop_comes_back(code: int, job: JobState | None, unti
     assert ended(code, job, until_done=until_done, again="chain").answer == "chain"
     assert ended(code, job, until_done=until_done).asked
     assert ended(code, job, until_done=until_done, again="no").answer == str(code)
+    assert ended(code, job, until_done=until_done, in_vain=99).answer == "requeue"
+
+
+@pytest.mark.parametrize("until_done", [True, False])
+def test_what_could_not_save_in_time_comes_back_for_a_while(until_done: bool) -> None:
+    for code, job in ((137, told("COMPLETING", "TimeLimit")), (143, told("RUNNING", "TimeLimit")), (138, told())):
+        decision = ended(code, job, until_done=until_done, in_vain=3)
+        assert decision.answer == "requeue" and not decision.asked  # it counts
+        assert ended(code, job, until_done=until_done, in_vain=4).answer == str(code)
+    assert "set a longer --time" in ended(137, told("COMPLETING", "TimeLimit"), in_vain=4).why
+
+
+@pytest.mark.parametrize("code", [0, 1, 137, 143])
+def test_what_the_first_rank_said_goes_before_how_the_others_were_ended(code: int) -> None:
+    """srun ends those that take longer to leave, and reports the highest code."""
+    stopped = Ending(rank=0, code=75, time=5.0)
+    decision = ended(code, None, (stopped,), until_done=False, in_vain=9)
+    assert decision.answer == "requeue" and decision.asked
+    wrong = Ending(rank=1, code=2, time=4.0, kind="ValueError", message="no such folder")
+    assert ended(code, None, (wrong, stopped)).answer == "2"
+
+
+def test_a_lost_node_is_a_failure() -> None:
+    """Requeued by SLURM itself where it may be; a chain goes on."""
+    for job in (told("NODE_FAIL"), told("COMPLETING", "NodeDown")):
+        assert ended(137, job, again="chain").answer == "chain"
+        assert "lost a node" in ended(137, job, again="chain").why
+        assert ended(137, job, again="chain", until_done=False).answer == "137"
+        assert ended(137, job, again="chain", in_vain=4).answer == "137"
+    assert "back into the queue" in ended(137, told("COMPLETING", "NodeDown", restarts=1)).why
 
 
 @pytest.mark.parametrize("code", [1, 74, 76, 137, 143, 255])
@@ -146,6 +176,21 @@ def test_starts_in_vain(tmp_path: Path) -> None:
     assert starts(("start", 0, False), ("start", 4, False), ("end", 4, False), ("start", 4, False)) == 2
     assert starts(("start", 4, False), ("end", 4, True), ("start", 4, False), ("end", 4, False)) == 1
     assert starts(("start", 4, False), ("end", 8, False), ("start", 8, False), ("start", 4, False)) == 1
+
+
+def test_what_slurm_ends_and_starts_again_is_not_in_vain() -> None:
+    def start(job: str, step: int = 4) -> dict[str, Any]:
+        return {"event": "start", "step": step, "job": job}
+
+    end = {"event": "end", "asked": False}
+    assert fruitless([start("7", 0), *[start("7")] * 50], 4, before="7") == 0
+    assert fruitless([start("7", 0), *[start("7")] * 50], 4, before="8") == 1  # a lost node, chained
+    assert fruitless([start("7")] * 50, 4) == 1  # the one that runs
+    assert fruitless([start("7"), end, start("7"), end], 4, before="7") == 2
+    assert fruitless([start("7"), start("7"), end, start("7")], 4, before="7") == 1
+
+
+def test_the_record(tmp_path: Path) -> None:
     record(tmp_path / "new", "start", step=4, nothing=None)
     with (tmp_path / "new/restarts.jsonl").open("a") as file:
         file.write('{"event": "end", "st')  # cut
@@ -156,14 +201,14 @@ def test_starts_in_vain(tmp_path: Path) -> None:
 
 def test_last_words(tmp_path: Path) -> None:
     environ = {"FARSPAN_ENDINGS": str(tmp_path / "e"), "RANK": "3", "SLURM_PROCID": "5"}
-    endings.note(2, ValueError("wrong"), environ)
-    endings.note(1, OSError("lost"), environ | {"RANK": "", "SLURM_PROCID": "5"})
-    endings.note(1, None, {})
+    endings.note(2, ValueError("wrong"), "that is wrong", environ)
+    endings.note(1, OSError("lost"), "x" * 2000, environ | {"RANK": "", "SLURM_PROCID": "5"})
+    endings.note(1, environ={})
     (tmp_path / "e/rank-00009.json").write_text("{")
     found = endings.read(tmp_path / "e")
     assert [(one.rank, one.code, one.kind, one.message) for one in found] == [
-        (3, 2, "ValueError", "wrong"),
-        (5, 1, "OSError", "lost"),
+        (3, 2, "ValueError", "that is wrong"),
+        (5, 1, "OSError", "x" * 1000),
     ]
     assert endings.final(found) == found[0] and endings.final(found[1:]) is None
     assert endings.read(tmp_path / "nowhere") == []
@@ -186,10 +231,11 @@ def test_the_command(tmp_path: Path, prepared: Path, capsys: pytest.CaptureFixtu
     assert ask("end", "--code", "137", "--told", TOLD.format("RUNNING", "None", 0, "None")) == "requeue\n"
     for restart in range(1, 4):
         assert ask("start", "--restart", str(restart)) == "go\n"
-    assert ask("end", "--code", "137") == "137\n"
-    assert ask("start", "--restart", "4") == "stop\n"
+        assert ask("end", "--code", "137") == ("requeue\n" if restart < 3 else "137\n")
+    assert ask("start", "--restart", "4") == "1\n"
     ends = [line for line in records(tmp_path / "run") if line["event"] == "end"]
-    assert [line["then"] for line in ends] == ["requeue", "none"]
+    assert [line["then"] for line in ends] == ["requeue", "requeue", "requeue", "none"]
+    assert not any("first_rank" in line for line in ends)
     # Another job is a new beginning.
     me[1] = me[3] = "8"
     assert ask("start") == "go\n"

@@ -66,7 +66,9 @@ def test_other_places_of_torchrun(config: Path, capsys: pytest.CaptureFixture[st
     assert option(words, "--nproc-per-node") == "4" and option(words, "--local-addr") == "127.0.0.1"
     assert option(words, "--rdzv-conf") == "is_host=true"
     more = ["--nodes", "1:2", "--ranks-per-node", "2", "--rendezvous", "[::1]:4000", "--max-restarts", "1"]
-    words = shlex.split(dry_run(capsys, "torchrun", *more, "--rendezvous-option", "timeout=5", config))
+    assert "2 ranks do not make" in refused(capsys, "torchrun", *more, config)  # one node of the two
+    more += ["--rendezvous-option", "timeout=5", config, "parallel.data=null"]
+    words = shlex.split(dry_run(capsys, "torchrun", *more))
     assert option(words, "--rdzv-endpoint") == "[::1]:4000" and option(words, "--nnodes") == "1:2"
     assert option(words, "--rdzv-conf") == "is_host=true,timeout=5" and option(words, "--max-restarts") == "1"
 
@@ -179,7 +181,7 @@ def test_the_script_for_slurm(config: Path, tmp_path: Path, capsys: pytest.Captu
     assert found["run"] == [str(config), "optimizer.lr=1e-4"] and found["run_dir"] == [str(tmp_path / "a run")]
     assert found["again"] == ["--again", "requeue", "--max-restarts", "3", "--until-done"]
     assert found["farspan"][0] == sys.executable and found["gpus_per_node"] == ["0"]
-    assert found["srun"] == ["srun", "--kill-on-bad-exit=1", "--cpu-bind=cores"]
+    assert found["srun"] == ["srun", "--kill-on-bad-exit=1", "--distribution=block", "--cpu-bind=cores"]
     assert found["script"] == [str(tmp_path / "a run/launch/a-run.sbatch")]
     # The rest is the plain script's.
     end = "# ---- end of settings ----\n"
@@ -198,22 +200,35 @@ def test_gpus(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert options["gpus-per-node"] == options["ntasks-per-node"] == "4"
     assert "no-requeue" in options and "requeue" not in options
     assert settings_of(text)["srun"][-1] == "--gpu-bind=none"
+    assert settings_of(text)["gpus_per_node"] == ["4"]
+    options, text = script(capsys, "--gpus-per-node", "a100:4", "--time", "60", config)
+    assert options["gpus-per-node"] == "a100:4" and options["ntasks-per-node"] == "4"
+    assert settings_of(text)["gpus_per_node"] == ["4"]
+
+
+def test_cores_that_nobody_asked_for_are_mentioned(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words, expected in ((["--cpus-per-task", "8"], False), ([], True)):
+        assert main(["launch", "slurm", "--dry-run", "--time", "60", *words, str(config)]) == 0
+        assert ("without --cpus-per-task" in capsys.readouterr().err) == expected
 
 
 @pytest.mark.parametrize("runtime", ["pyxis", "apptainer"])
 def test_containers(config: Path, capsys: pytest.CaptureFixture[str], runtime: str) -> None:
-    container = ["--container", "an image", "--container-runtime", runtime, "--container-mounts", "/d:/d"]
-    _, text = script(capsys, "--gpus-per-node", "4", "--time", "60", *container, config)
+    container = ["--container", "an image", "--container-runtime", runtime, "--container-mounts", "/d:/d,/e:/data/set"]
+    words = ["--gpus-per-node", "4", "--time", "60", *container, config]
+    _, text = script(capsys, *words, "data.folder=/data/set")
     found = settings_of(text)
     assert found["farspan"] == ["farspan"]
-    here = str(Path.cwd())
+    # What a rank needs, each once: the run folder lies beside the configuration; the user's own mounts come first.
+    here, folder = str(Path.cwd()), config.parent
+    mounts = f"{here}:{here},{folder}:{folder},/d:/d,/e:/data/set"
     if runtime == "pyxis":
         assert found["inside"] in ([], [""])
-        expected = ["--container-image=an image", "--container-workdir", here, "--container-mounts=/d:/d"]
+        expected = ["--container-image=an image", "--container-workdir", here, f"--container-mounts={mounts}"]
         assert found["pyxis"] == expected
     else:
         assert found["pyxis"] in ([], [""])
-        assert found["inside"] == ["apptainer", "exec", "--nv", "--pwd", here, "--bind", "/d:/d", "an image"]
+        assert found["inside"] == ["apptainer", "exec", "--nv", "--pwd", here, "--bind", mounts, "an image"]
 
 
 def test_what_slurm_is_not_asked(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -225,6 +240,16 @@ def test_what_slurm_is_not_asked(config: Path, capsys: pytest.CaptureFixture[str
     )
     assert "give --container IMAGE" in refused(capsys, "slurm", "--container-mounts", "/d:/d", "--time", "9", config)
     assert "not of the form OPTION=VALUE" in refused(capsys, "slurm", "--sbatch", "a b", "--time", "9", config)
+    for option, instead in (("array=0-3", "one command a run"), ("time=9", "--time"), ("signal=B:TERM@60", "margin")):
+        assert f"give {instead}" in refused(capsys, "slurm", "--sbatch", option, "--time", "9", config).replace(
+            "checkpoint.", ""
+        )
+    strange = "data.folder=/a:b"
+    assert "rename it" in refused(capsys, "slurm", "--container", "x", "--time", "9", config, strange)
+    for gpus in ("a100:", ":8", "x"):
+        with pytest.raises(SystemExit):
+            main(["launch", "slurm", "--gpus-per-node", gpus, "--time", "9", str(config)])
+        assert "is no number of GPUs" in capsys.readouterr().err
 
 
 def test_no_signal_without_a_margin(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -179,6 +179,22 @@ def test_scancel_with_a_signal(run: Trained, whole: Trained, name: str, again: s
     assert first["code"] == 75 and first["step"] > INTERVAL and first["then"] == again
     assert run.told("start")[1]["step"] == first["step"]
     assert (run.told("start")[1]["job"] != job) == (again == "chain")
+    assert {line["series"] for line in run.told("start")} == {job}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("again", ["requeue", "chain"])
+def test_a_job_that_is_given_little_environment(run: Trained, whole: Trained, again: str) -> None:
+    """As --export=NONE, which many sites advise: the script's own words reach ranks and the next job all the same."""
+    kept = "PATH,SLURM_CONF,OMP_NUM_THREADS,FARSPAN_TEST_STEP_SECONDS"
+    job = run.submit("--time", "20", "--again", again, "--sbatch", f"export={kept}")
+    run.wait_for_step(INTERVAL + 2)
+    run.cluster.ask("scancel", "--signal=USR1", job)
+    run.finish()
+    assert_same(run, whole, starts=2)
+    assert {line["series"] for line in run.told("start")} == {job}
+    noted = json.loads((run.folder / f"logs/{job}-0/endings/rank-00000.json").read_text())
+    assert noted["code"] == 75
 
 
 @pytest.mark.long
