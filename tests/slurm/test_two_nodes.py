@@ -176,7 +176,8 @@ def test_scancel_with_a_signal(run: Trained, whole: Trained, name: str, again: s
     run.finish()
     assert_same(run, whole, starts=2)
     first = run.told("end")[0]
-    assert first["code"] == 75 and first["step"] > INTERVAL and first["then"] == again
+    assert first["asked"] and first["step"] > INTERVAL and first["then"] == again
+    assert first["code"] in (75, 143)  # what srun says where a rank took longer to leave than the first one
     assert run.told("start")[1]["step"] == first["step"]
     assert (run.told("start")[1]["job"] != job) == (again == "chain")
     assert {line["series"] for line in run.told("start")} == {job}
@@ -206,7 +207,7 @@ def test_the_time_limit(run: Trained, whole: Trained) -> None:
     run.submit("--time", str(minutes), step_seconds=60 * minutes / STEPS)
     run.finish()
     assert_same(run, whole, starts=2)
-    assert all(end["code"] == 75 for end in run.told("end")[:-1])
+    assert all(end["asked"] and end["code"] in (75, 143) for end in run.told("end")[:-1])
 
 
 def _seconds(begin: str, end: str) -> float:
