@@ -292,7 +292,10 @@ def kinds_of(count: int, only: list[str], rng: random.Random) -> list[str]:
     """So many faults in random order: each kind at least once, as far as there are so many, else by its share."""
     names = only or list(KINDS)
     share = sum(KINDS[name][2] for name in names)
-    chosen = [name for name in names for _ in range(max(1, round(count * KINDS[name][2] / share)))]
+    often = {name: max(1, round(count * KINDS[name][2] / share)) for name in names}
+    while sum(often.values()) > max(count, len(names)):
+        often[max(often, key=often.__getitem__)] -= 1
+    chosen = [name for name in names for _ in range(often[name])]
     rng.shuffle(chosen)
     while len(chosen) < count:
         chosen.append(rng.choice(names))
