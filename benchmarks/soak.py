@@ -51,8 +51,8 @@ from farspan.pretrain.metrics import read_metrics  # noqa: E402
 PACKAGES = ("torch", "megatron-core", "deepspeed")
 HANG_SECONDS = 3.0
 INTERVAL = 10  # steps between saves
-BETWEEN = 45  # at most so many steps between two faults
-BESIDE = {"second-job": 300, "full-disk": 50}  # about so many more are made beside some
+BETWEEN = 20  # at most so many steps between two faults
+BESIDE = {"second-job": 250, "full-disk": 20}  # about so many more are made beside some
 DISK_BYTES = 48 * 2**20
 PATIENCE_SECONDS = 240.0  # for the run to make a step again
 TINY = {
@@ -332,7 +332,10 @@ def soak(place: Path, count: int, only: list[str], seed: int) -> dict[str, Any]:
         print(f"  {number} of {len(chosen)}: {name} at step {before}, {time.monotonic() - since:.1f} s", flush=True)
     ended = (DONE, IO_ERROR)
     while job.code != DONE:
-        job.until(lambda: job.code is not None, "the end of the run")
+        seen = -1
+        while job.code is None and job.step() > seen:  # however many are left
+            seen = job.step()
+            job.until(lambda: job.code is not None or job.step() >= seen + INTERVAL, "the end of the run")  # noqa: B023
         if job.code not in ended:
             raise Failed(f"the run ended with exit code {job.code}")
         if job.code != DONE:
