@@ -15,7 +15,7 @@ from typing import Any
 from ..pretrain import heartbeat
 from ..pretrain.heartbeat import Heartbeat, Record
 from .exit_codes import HUNG
-from .guard_process import STACKS_SIGNAL
+from .guard_process import ASK_END, ASK_STACKS, STACKS_SIGNAL
 from .parent import die_with
 
 # Nothing that is installed, no environment variables: what the guard imports is what Python has, and this package, from
@@ -79,15 +79,20 @@ class Guard:
         os.close(self._stacks)
 
     def _listen(self, pipe: int) -> None:
-        """In a thread: what the guard says is the end; if it ends itself, the rank goes on."""
-        said = b""
-        while chunk := os.read(pipe, 4096):
-            said += chunk
-            if said.endswith(b"\n"):
-                with contextlib.suppress(BaseException):
-                    _write_flight_record(said.decode().strip(), self._rank)
-                os._exit(HUNG)
-        os.close(pipe)
+        """In a thread, what the guard asks for; if the guard ends itself, the rank goes on.
+
+        A thread that runs has the interpreter's lock, so that no other one changes the frames that are read here.  In a
+        signal's handler that is not so, and a process that is not stuck can die of it.
+        """
+        with open(pipe, encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                asked, _, folder = line.rstrip("\n").partition(" ")
+                if asked == ASK_STACKS:
+                    faulthandler.dump_traceback(self._stacks, all_threads=True)
+                elif asked == ASK_END:
+                    with contextlib.suppress(BaseException):
+                        _write_flight_record(folder, self._rank)
+                    os._exit(HUNG)
         if not self._stopping:
             print("farspan: the guard of this rank has ended: nobody notices if it hangs", file=sys.stderr, flush=True)
 

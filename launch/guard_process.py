@@ -27,13 +27,15 @@ from .exit_codes import HUNG
 from .hang_report import Report
 
 STACKS_SIGNAL = signal.SIGRTMIN + 3  # nobody else's, we hope: SIGUSR1 asks to save, schedulers send SIGUSR2
+ASK_STACKS, ASK_END = "stacks", "end"  # what the thread in the rank is asked, a line each; the end with a folder
 FOLDER = "hangs"
 _CLAIMS = ".claims"  # in it: 1, 2, ... for the run's first hang, its second, ...
 PATIENCE_SECONDS = 15.0  # for the reports of other ranks
 _LIMIT_SECONDS = 1800.0  # until the configuration has been read
 _POLL_SECONDS = 1.0
 _WRITE_SECONDS = 10.0  # that a file system gets
-_STACKS_SECONDS = 3.0
+_ASKED_SECONDS = 2.0  # that the thread in the rank gets, which waits for the interpreter's lock
+_STACKS_SECONDS = 3.0  # that the signal gets
 _END_SECONDS = 5.0  # that a rank gets to end by itself
 
 
@@ -213,28 +215,43 @@ class Guard:
             time.sleep(0.1)
 
     def _take_stacks(self) -> str:
-        """What faulthandler writes, in the rank, whatever it is doing; a stopped process must go on for that."""
+        """All threads' stacks in the rank; a stopped process must go on for that.
+
+        From the thread in it, and where that does not come to run, from a signal: whoever has the interpreter's lock is
+        stuck with it then, and its frames do not change while the signal's handler reads them.
+        """
         before = os.fstat(self.stacks).st_size
         try:
-            os.kill(self.parent, STACKS_SIGNAL)
+            self._ask(ASK_STACKS)
             os.kill(self.parent, signal.SIGCONT)
+            if not self._written(before, _ASKED_SECONDS):
+                os.kill(self.parent, STACKS_SIGNAL)
+                self._written(before, _STACKS_SECONDS)
         except ProcessLookupError:
             return ""
-        size, end = before, time.monotonic() + _STACKS_SECONDS
+        return os.pread(self.stacks, os.fstat(self.stacks).st_size - before, before).decode(errors="replace")
+
+    def _written(self, before: int, seconds: float) -> bool:
+        """Wait until stacks have been written whole; whether there are any."""
+        size, end = before, time.monotonic() + seconds
         while time.monotonic() < end:
             time.sleep(0.05)
             now = os.fstat(self.stacks).st_size
             if now > before and now == size:
-                break
+                return True
             size = now
-        return os.pread(self.stacks, size - before, before).decode(errors="replace")
+        return size > before
+
+    def _ask(self, *words: str) -> None:
+        """The thread in the rank; one that is gone needs nothing any more."""
+        with contextlib.suppress(OSError):
+            os.write(self.pipe, " ".join(words).encode() + b"\n")
 
     # The end.
 
     def end(self) -> None:
         """End the rank: by the thread in it, with the exit code that says why; by SIGKILL if that does not come."""
-        with contextlib.suppress(OSError):
-            os.write(self.pipe, str(self.folder or "").encode() + b"\n")
+        self._ask(ASK_END, str(self.folder or ""))
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.parent, signal.SIGCONT)
             time.sleep(_END_SECONDS)  # its end is ours

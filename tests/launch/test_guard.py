@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -160,6 +161,40 @@ def test_all_threads_are_in_the_report(start, tmp_path):
     text, data = report(tmp_path)
     assert "in in_a_thread" in text and "in hang" in text
     assert "in hang" in data["top"]  # the main thread's
+
+
+def test_stacks_are_taken_of_a_process_that_goes_on_and_do_not_end_it(start):
+    """Stopped anywhere, it goes on for its stacks to be read, and calls functions that are gone a moment later: what
+    reads them beside that, as a signal's handler in another thread does, reads freed memory once in some twenty times.
+    """
+    rank = start("""
+        def called(depth):
+            space = {}
+            exec("def passing(n): return [i for i in range(n)]", space)
+            return space["passing"](5), called(depth - 1) if depth else None
+        for _ in range(8):
+            threading.Thread(target=hang, daemon=True).start()  # they take signals too
+        mark("here")
+        while True:
+            alive.beat()
+            called(20)
+    """)
+    rank.marked("here")
+    member = rank.member()
+    arguments = json.loads(Path(f"/proc/{member.guard}/cmdline").read_text().split("\0")[-2])
+    guard = Guard.__new__(Guard)
+    guard.parent = member.pid
+    guard.stacks, guard.pipe = (
+        os.open(f"/proc/{member.guard}/fd/{arguments[name]}", flags)
+        for name, flags in (("stacks", os.O_RDONLY), ("pipe", os.O_WRONLY))
+    )
+    for _ in range(100):
+        member.stop()
+        assert "in hang" in (stacks := guard._take_stacks()), "it has ended"
+        assert 'File "<string>", line' in hang_report.main_thread(stacks)
+    for descriptor in (guard.stacks, guard.pipe):
+        os.close(descriptor)
+    assert rank.process.poll() is None
 
 
 def test_signs_of_life_and_a_stop_within_the_limit(start, tmp_path):
