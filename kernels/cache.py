@@ -148,8 +148,11 @@ def contents(root: Path) -> list[Built | Path]:
 
 def _build(operation: str, sources: Sequence[Path], target: Target, folder: Path, limit: float) -> Built:
     began = time.monotonic()
-    for leftover in folder.parent.glob(f".{folder.name}.*.part"):  # of a process that was killed: we have its lock
-        shutil.rmtree(leftover, ignore_errors=True)
+    # Of processes that were killed.  Where locks do not reach over the nodes of a cluster another one may still build.
+    for leftover in folder.parent.glob(f".{folder.name}.*.part"):
+        with contextlib.suppress(OSError):
+            if time.time() - leftover.stat().st_mtime > limit:
+                shutil.rmtree(leftover, ignore_errors=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
     try:
         made = toolchain.compile_library(sources, target, beside, limit)

@@ -121,23 +121,35 @@ def declined(operation: str, reason: str) -> None:
 
 
 def choice(operation: str, device: torch.device) -> Choice:
-    mode = current_mode()
-    key = operation, mode, device, _settings.emulated is not None
+    key = _key(operation, device)
     if key not in _choices:
-        _choices[key] = _choose(operation, device, mode)
+        _choices[key] = _choose(operation, device, current_mode())
     found = _choices[key]
     if found.library is not None and _settings.emulated is not None:
         found.library.emulate_in_order(_settings.emulated)
     return found
 
 
-def prepare(operations: Iterable[str], device: torch.device) -> str:
-    """Build or load what a run will use; one line that says which form each operation runs."""
+def prepare(operations: Iterable[str], device: torch.device) -> dict[str, Choice]:
+    """Build or load what a run will use."""
     names = list(operations)
     with ThreadPoolExecutor(toolchain.jobs()) as pool:
-        choices = pool.map(lambda name: choice(name, device), names)
-        found = [f"{name} {chosen}" for name, chosen in zip(names, choices, strict=True)]
+        return dict(zip(names, pool.map(lambda name: choice(name, device), names), strict=True))
+
+
+def forgo(operation: str, device: torch.device, reason: str) -> None:
+    """Let the reference run there although there is a compiled form."""
+    _choices[_key(operation, device)] = Choice(None, reason)
+
+
+def describe(operations: Iterable[str], device: torch.device) -> str:
+    """One line that says which form each operation runs."""
+    found = [f"{name} {choice(name, device)}" for name in operations]
     return f"kernels ({current_mode()}): {', '.join(found) or 'none used'}"
+
+
+def _key(operation: str, device: torch.device) -> tuple[str, str, torch.device, bool]:
+    return operation, current_mode(), device, _settings.emulated is not None
 
 
 def _kind(device: torch.device) -> Kind:

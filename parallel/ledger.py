@@ -184,7 +184,12 @@ class Ledger:
         entry = self._newest = _Entry(series, series.count, number, elements, on_gpu, launched)
         if series.slot is not None and number is not None:
             self._board.begun(series.slot, series.count, number, elements)
-        return self._remember(original(group, *args, **kwargs), entry)
+        work = original(group, *args, **kwargs)
+        if work is None and launched is not None:  # NCCL: the stream waits for it, nobody else will
+            self._events.append((launched, _event()))
+            if series.slot is not None and number is not None:
+                self._board.ended(series.slot, entry.number)
+        return self._remember(work, entry)
 
     def _remember(self, work: Any, entry: _Entry | None) -> Any:
         if work is not None and entry is not None:

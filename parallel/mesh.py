@@ -170,6 +170,7 @@ class Mesh:
             pipeline_model_parallel_size=pipeline,
             virtual_pipeline_model_parallel_size=virtual_stages if virtual_stages > 1 else None,
             distributed_timeout_minutes=timeout_seconds / 60,  # groups do not inherit it
+            create_gloo_process_groups=False,  # beside NCCL's, for checkpoints of megatron-core's own
         )
         mesh = Mesh(
             tensor=_axis(parallel_state.get_tensor_model_parallel_group()),

@@ -56,8 +56,9 @@ class Schedule:
             params_dtype=dtype,
             pipeline_dtype=dtype,
             use_cpu_initialization=True,
-            # With gloo a send may still be under way when the next microbatch starts.
-            deallocate_pipeline_outputs=mesh.device.type == "cuda",
+            # A send may still be under way when the next microbatch starts: with gloo, and interleaved with NCCL too
+            # (NVIDIA/Megatron-LM pull request 4047).
+            deallocate_pipeline_outputs=False,
             # Interleaved: in a batch, gloo frees buffers that are still in flight.
             batch_p2p_comm=not interleaved,
             overlap_p2p_comm=interleaved,

@@ -110,6 +110,10 @@ class ZeroOptimizer:
                 config["data_types"] = {"grad_accum_dtype": "fp32"}
             else:
                 self._accumulate_in_float32(parameters)
+        if mesh.device.type == "cuda":  # a rank that is shown its own GPU alone has number 0, whatever its LOCAL_RANK
+            os.environ["LOCAL_RANK"] = str(mesh.device.index)
+            if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:
+                os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = os.environ["LOCAL_RANK"]
         other = [(p, p.detach().clone()) for p in module.parameters() if p.dtype != self.dtype]  # running statistics
         self.engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, mpu=_ModelParallelUnit(mesh), dist_init_required=False, config=config

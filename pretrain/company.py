@@ -32,5 +32,9 @@ class Company:
             try:
                 with leased(Path(config.run_dir), mesh) as lease:
                     yield Company(mesh, ledger, lease)
-            finally:
-                mesh.destroy()
+            except BaseException:
+                # NCCL's end waits for the other ranks, which wait in a collective for this one: it is to be heard.
+                if mesh.device.type != "cuda":
+                    mesh.destroy()
+                raise
+            mesh.destroy()

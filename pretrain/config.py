@@ -526,8 +526,12 @@ def check_world(config: Config, world_size: int, device: torch.device) -> int:
             f"{world_size} ranks do not make parallel.tensor {parallel.tensor} × pipeline {parallel.pipeline}"
             f"{replicas}: start {wanted} ranks, or change the parallel section"
         )
-    if config.training.dtype == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise ValueError(f"training.dtype bfloat16 is not supported by {torch.cuda.get_device_name()}: set float32")
+    # torch's own question counts emulation, and asks the current device: not this rank's yet.
+    bfloat16 = config.training.dtype == "bfloat16" and device.type == "cuda"
+    if bfloat16 and torch.cuda.get_device_capability(device) < (8, 0):
+        raise ValueError(
+            f"training.dtype bfloat16 is not supported by {torch.cuda.get_device_name(device)}: set float32"
+        )
     data = world_size // model
     config.check_batches(data)
     return data

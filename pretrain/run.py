@@ -91,11 +91,18 @@ def loader_of(objective: Objective, mesh: Mesh, sizes: BatchSizes, *, prefetch: 
 
 
 def prepare_kernels(config: Config, mesh: Mesh) -> str:
-    """Build or load what the model's operations run in, on every rank; a line that says it.  ValueError: one cannot be
-    had, and the configuration requires it."""
-    kernels = config.kernels
+    """Build or load what the model's operations run in, on every rank; a line that says it; collective.
+
+    An operation has the same form on all ranks: what tensor ranks compute alike, such as gradients of norms, must be
+    the same to the bit.  ValueError: one cannot be had, and the configuration requires it.
+    """
+    kernels, operations = config.kernels, architecture(config.model.model_type).operations
     forms.configure(kernels.mode, kernels.cache, kernels.build_timeout_seconds)
-    return forms.prepare(architecture(config.model.model_type).operations, mesh.device)
+    for operation, chosen in forms.prepare(operations, mesh.device).items():
+        lacking = mesh.first_problem(chosen.reason if chosen.library is None else None)
+        if lacking is not None and chosen.library is not None:
+            forms.forgo(operation, mesh.device, lacking)
+    return forms.describe(operations, mesh.device)
 
 
 def build_engine(config: Config, mesh: Mesh, start: Start, loss: LossFunction) -> Engine:
@@ -144,8 +151,8 @@ def learning_rate_of(config: Config, step: int) -> float:
 
 
 def microbatches_of(config: Config, mesh: Mesh, batch: Batch, rows: int) -> tuple[list[Batch], tuple[int, int]]:
-    """A data rank's part of a global batch of ``rows`` rows as its stages compute it, without padding, and the shape of
-    the largest microbatch.  Every replica has as many of them."""
+    """A data rank's part of a global batch of ``rows`` rows as its stages compute it, on the mesh's device and without
+    padding, and the shape of the largest microbatch.  Every replica has as many of them."""
     # Matrix products like multiples of 8, and sequence parallelism splits the tokens.
     multiple = 8 * (mesh.tensor.size if mesh.sequence_parallel else 1)
     count = microbatch_count(
@@ -154,7 +161,8 @@ def microbatches_of(config: Config, mesh: Mesh, batch: Batch, rows: int) -> tupl
         replicas=mesh.data.size,
         multiple=mesh.pipeline.size if mesh.virtual_stages > 1 else 1,
     )
-    return microbatches(batch, count, multiple=multiple, equal=mesh.pipeline.size > 1)
+    parts, shape = microbatches(batch, count, multiple=multiple, equal=mesh.pipeline.size > 1)
+    return [part.to(mesh.device) for part in parts], shape
 
 
 def stage_runner(mesh: Mesh, *, dropout: tuple[int, int] | None, recompute: Recompute = "none") -> Callable[..., Any]:
@@ -167,7 +175,6 @@ def stage_runner(mesh: Mesh, *, dropout: tuple[int, int] | None, recompute: Reco
 
     def run_stage(module: Callable[..., Any], batch: Batch, received: Tensor | None, chunk: int) -> Any:
         alive.beat()
-        batch = batch.to(mesh.device)
         key = None if dropout is None else DropoutKey(*dropout, batch.token_samples.t())
         return module(batch, received, chunk=chunk, dropout=key, recompute=recompute, count_correct=dropout is None)
 

@@ -334,12 +334,16 @@ def test_rows_of_an_evaluation_that_never_comes_do_not_matter(file: Path) -> Non
 
 
 def test_a_dtype_that_the_device_lacks(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100")
+    """Each rank asks its own device."""
+    devices = {0: ("H100", (9, 0)), 1: ("Tesla V100", (7, 0)), 2: ("A100", (8, 0))}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: devices[device.index][1])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: devices[device.index][0])
     config = load_config(file, ["training.dtype=bfloat16"])
-    assert check_world(config, 1, CPU) == 1
+    for device in (CPU, torch.device("cuda", 0), torch.device("cuda", 2)):
+        assert check_world(config, 1, device) == 1
     with pytest.raises(ValueError, match=r"training\.dtype bfloat16 is not supported by Tesla V100: set float32"):
-        check_world(config, 1, torch.device("cuda"))
+        check_world(config, 1, torch.device("cuda", 1))
+    assert check_world(load_config(file), 1, torch.device("cuda", 1)) == 1
 
 
 # The tokenizer's sizes.

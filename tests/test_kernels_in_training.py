@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import shutil
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,8 @@ from models import Description, dropout_key, loss_of
 from farspan.kernels import forms
 from farspan.kernels.library import Library
 from farspan.parallel.mesh import Mesh
+from farspan.pretrain import run
+from farspan.pretrain.config import KernelsConfig
 from farspan.pretrain.models import architecture
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler: there is no c++")
@@ -42,6 +45,33 @@ FORMS: dict[str, Form] = {
 }
 # Of losses; twice the rounding of what is added up in 16 bits.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+def prepared(mesh: Mesh, lacks: int | None) -> tuple[str, bool]:
+    """What a rank says it runs, and whether dropout is compiled, where one rank cannot build it."""
+    choose = forms._choose
+
+    def without_compiler(operation: str, device: torch.device, mode: str) -> forms.Choice:
+        lacking = operation == "dropout" and mesh.rank == lacks
+        return forms.Choice(None, "there is no compiler") if lacking else choose(operation, device, mode)
+
+    model = types.SimpleNamespace(model_type="roberta-prelayernorm")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forms, "_choose", without_compiler)
+        config = types.SimpleNamespace(model=model, kernels=KernelsConfig())
+        said = run.prepare_kernels(config, mesh), forms.compiled("dropout", mesh.device)
+    forms.configure()
+    return said
+
+
+def test_a_form_that_a_rank_lacks_runs_nowhere(ranks: Any) -> None:
+    """What tensor ranks compute alike must stay the same, to the bit."""
+    assert [compiled for _, compiled in ranks.on_mesh(prepared, None, tensor=2, seconds=200)] == [True, True]
+    (said, first), (_, second) = ranks.on_mesh(prepared, 1, tensor=2, seconds=200)
+    assert (first, second) == (False, False)
+    assert "dropout reference (rank 1: there is no compiler), layer_norm compiled" in said
+    (said, first), (_, second) = ranks.on_mesh(prepared, 0, tensor=2, seconds=200)
+    assert (first, second) == (False, False) and "dropout reference (there is no compiler)" in said
 
 
 def describe(model: tuple[str, dict[str, Any], int], dtype: torch.dtype = torch.float32) -> Description:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from farspan.parallel.mesh import Mesh
+from farspan.pretrain import run
 from farspan.pretrain.batch import Batch, microbatches
 from farspan.pretrain.losses import Counts, LossFunction
 
@@ -31,6 +33,18 @@ def batch_of(weights: Tensor) -> Batch:
         label_positions=torch.arange(PREDICTIONS).expand(ROWS, PREDICTIONS),
         sentence_labels=torch.arange(ROWS) % 2,
     )
+
+
+def test_a_step_computes_on_the_meshs_device() -> None:
+    """Rows come from the loader on the CPU; meta stands for a GPU: what would be added up across devices fails."""
+    mesh, sizes = Mesh.solo("meta"), types.SimpleNamespace(micro_batch_size=3)
+    batch = batch_of(torch.ones(ROWS, PREDICTIONS))
+    parts, _ = run.microbatches_of(types.SimpleNamespace(training=sizes), mesh, batch, ROWS)
+    assert len(parts) == 3
+    outputs = {name: torch.ones(3, PREDICTIONS, device="meta") for name in ("lm_losses", "lm_correct")}
+    outputs |= {name: torch.ones(3, device="meta") for name in ("sentence_losses", "sentence_correct")}
+    loss, sums = LossFunction(["mlm", "nsp"])(outputs, parts[0], Counts(40.0, ROWS, 74.0))
+    assert (loss.device.type, sums.device.type) == ("meta", "meta")
 
 
 # Very uneven numbers of predictions: none at all in the second microbatch of two rows.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+import types
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from farspan.parallel import ledger as ledger_module
 from farspan.parallel.ledger import Ledger
 from farspan.pretrain.heartbeat import Heartbeat, Record
 
@@ -43,6 +45,42 @@ def state(board: Board) -> dict[str, Any]:
 def last(board: Board) -> tuple[str, int, int, bool]:
     found = state(board)["last"]
     return found["name"], found["number"], found["elements"], found["waiting"]
+
+
+def test_on_a_gpu_a_collective_that_nobody_waits_for_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of NCCL's that are not asynchronous torch keeps no request: it is the stream that waits, from its launch on."""
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    class Event:
+        def __init__(self) -> None:
+            self.made = len(events)
+            events.append(self)
+
+        def query(self) -> bool:
+            return True
+
+        def elapsed_time(self, end: Event) -> float:
+            return 1000.0 * (end.made - self.made)
+
+    events: list[Event] = []
+    board = Board()
+    ledger = Ledger(board)
+    monkeypatch.setattr(ledger_module, "_event", Event)
+    series = ledger_module._Series(board.group("0", "world", [0, 1]))
+    monkeypatch.setattr(ledger, "_series_of", lambda *_: series)
+    tensor = torch.ones(6).as_subclass(OnGpu)
+
+    def begin(work: Any, **options: bool) -> Any:
+        call = ([tensor], types.SimpleNamespace(**options))
+        return ledger._begin("a group", "", None, "all_reduce", lambda *_: work, call, {})
+
+    assert begin(None, asyncOp=False) is None
+    assert board.told == [("begun", 1), ("ended", 1)] and ledger.waited() == 1.0
+    work = Event()  # what somebody will wait for
+    assert begin(work, asyncOp=True) is work
+    assert board.told[2:] == [("begun", 2)] and ledger.waited() == 0.0
 
 
 def every_collective(mesh: Any) -> list[Any]:
