@@ -71,6 +71,7 @@ class JobState:
     reason: str
     restarts: int
     preempted: bool
+    may_return: bool  # by scontrol requeue
 
     @staticmethod
     def read(text: str) -> JobState | None:
@@ -84,6 +85,7 @@ class JobState:
             reason=found.get("Reason", "None"),
             restarts=int(restarts) if restarts.isdigit() else 0,
             preempted=preempted != "None",
+            may_return=found.get("Requeue", "1") != "0",
         )
 
     @property
@@ -100,7 +102,7 @@ class JobState:
         return self.state not in ("RUNNING", "SUSPENDED")
 
 
-_FIELDS = ("JobState", "Reason", "Restarts", "PreemptTime")
+_FIELDS = ("JobState", "Reason", "Restarts", "PreemptTime", "Requeue")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +164,8 @@ def decide(
         return Decision("none", f"interrupted {at}: not started again", code=code)
     if policy.again == "no":
         return Decision("none", f"{how} {at}: the same command goes on", code=code, asked=asked)
+    if policy.again == "requeue" and job is not None and not job.may_return:
+        return Decision("none", f"{how} {at}: the job has Requeue=0, the same command goes on", code=code, asked=asked)
     if not asked and not policy.until_done:
         return Decision("none", f"{how} {at}: not started again without --until-done", code=code)
     if not (saved or preempted) and in_vain > policy.max_restarts:

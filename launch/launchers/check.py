@@ -39,13 +39,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     job, here = Job.of(args), socket.gethostname()
-    if args.expect is not None and (difference := compare(args.expect)) is not None:
+    hidden = None if args.expect is None else unseen(args.expect)
+    if args.expect is not None and hidden is None and (difference := compare(args.expect)) is not None:
         raise ValueError(f"{here}: {difference}")
-    TokenStore(job.config.data.folder)
+    data = no_data(job.config.data.folder)
+    if data is not None and os.environ.get("SLURM_NODEID", "0") == "0":
+        raise ValueError(f"{here}: {data}")  # not on the first node either
     if (ranks := os.environ.get("SLURM_NTASKS_PER_NODE")) is not None and "SLURM_JOB_NUM_NODES" in os.environ:
         job.check_ranks(int(ranks) * int(os.environ["SLURM_JOB_NUM_NODES"]))
     # From here on it is the node that is not as it should be: another one may be.
-    for problem in (unwritable(job.run_dir), missing_gpus(args.gpus_per_node), unknown_address()):
+    for problem in (hidden, data, unwritable(job.run_dir), missing_gpus(args.gpus_per_node), unknown_address()):
         if problem is not None:
             say(f"{here}: {problem}")
             return IO_ERROR
@@ -65,13 +68,26 @@ def write_expected(path: Path) -> None:
 
 def compare(path: Path) -> str | None:
     """What is different here from what the first node wrote."""
-    if not is_seen(path, _SHARED_SECONDS):
-        return f"{path} of the job's first node cannot be seen here: set run_dir to a folder that all nodes share"
     expected, mine = read_mapping(path, "a run's log folder"), versions()
     for name, theirs in expected["versions"].items():
         if mine.get(name) != theirs:
             here, there = (version or "not installed" for version in (mine.get(name), theirs))
             return f"{name} is {here} here and {there} on {expected['host']}: install the same on all nodes"
+    return None
+
+
+def unseen(path: Path) -> str | None:
+    """Whether what the first node wrote does not come to be seen here."""
+    if is_seen(path, _SHARED_SECONDS):
+        return None
+    return f"{path} of the job's first node cannot be seen here: set run_dir to a folder that all nodes share"
+
+
+def no_data(folder: str) -> str | None:
+    try:
+        TokenStore(folder)
+    except (ValueError, OSError) as error:
+        return str(error)
     return None
 
 

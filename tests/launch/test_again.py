@@ -21,14 +21,16 @@ from farspan.launch.progress import Progress
 # What scontrol 22.05.8 prints of a job, shortened, with the fields that differ filled in.
 TOLD = (
     "JobId=4 JobName=a b UserId=root(0) Priority=4294901756 Nice=0 Account=(null) JobState={} Reason={} "
-    "Dependency=(null) Requeue=1 Restarts={} BatchFlag=1 ExitCode=0:0 RunTime=00:00:05 TimeLimit=00:05:00 "
+    "Dependency=(null) Requeue={} Restarts={} BatchFlag=1 ExitCode=0:0 RunTime=00:00:05 TimeLimit=00:05:00 "
     "PreemptEligibleTime=2026-01-01T00:00:00 PreemptTime={} SuspendTime=None Partition=main"
 )
 MIDDLE, DONE = Progress(4, 10), Progress(10, 10)
 
 
-def told(state: str = "RUNNING", reason: str = "None", restarts: int = 0, preempted: str = "None") -> JobState:
-    found = JobState.read(TOLD.format(state, reason, restarts, preempted))
+def told(
+    state: str = "RUNNING", reason: str = "None", restarts: int = 0, preempted: str = "None", requeue: int = 1
+) -> JobState:
+    found = JobState.read(TOLD.format(state, reason, requeue, restarts, preempted))
     assert found is not None
     return found
 
@@ -52,6 +54,7 @@ def test_a_job_as_scontrol_tells_of_it() -> None:
     job = told("COMPLETING", "TimeLimit", 2, "2026-01-01T00:00:00")
     assert (job.state, job.reason, job.restarts, job.preempted) == ("COMPLETING", "TimeLimit", 2, True)
     assert job.ran_out_of_time and job.is_ending and not told().is_ending
+    assert job.may_return and not told(requeue=0).may_return
     assert JobState.read("") is None
     assert JobState.read("slurm_load_jobs error: Invalid job id specified") is None
 
@@ -91,6 +94,15 @@ def test_what_the_first_rank_said_goes_before_how_the_others_were_ended(code: in
     assert decision.answer == "requeue" and decision.asked
     wrong = Ending(rank=1, code=2, time=4.0, kind="ValueError", message="no such folder")
     assert ended(code, None, (wrong, stopped)).answer == "2"
+
+
+def test_what_was_told_not_to_return_stays_ended() -> None:
+    """scontrol update JobId=… Requeue=0, and then a signal: saved in full, and ended."""
+    for code, asked in ((75, True), (137, False)):
+        decision = ended(code, told(requeue=0))
+        assert (decision.word, decision.code, decision.asked) == ("none", code, asked)
+        assert "Requeue=0" in decision.why
+    assert ended(75, told(requeue=0), again="chain").answer == "chain"
 
 
 def test_a_lost_node_is_a_failure() -> None:
@@ -228,7 +240,7 @@ def test_the_command(tmp_path: Path, prepared: Path, capsys: pytest.CaptureFixtu
 
     assert ask("start", "--nodes", "n[1-2]") == "go\n"
     assert json.loads((logs / "expected.json").read_text())["versions"]["torch"]
-    assert ask("end", "--code", "137", "--told", TOLD.format("RUNNING", "None", 0, "None")) == "requeue\n"
+    assert ask("end", "--code", "137", "--told", TOLD.format("RUNNING", "None", 1, 0, "None")) == "requeue\n"
     for restart in range(1, 4):
         assert ask("start", "--restart", str(restart)) == "go\n"
         assert ask("end", "--code", "137") == ("requeue\n" if restart < 3 else "137\n")

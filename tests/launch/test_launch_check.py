@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import socket
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import yaml
+from runs import settings
 
+from farspan.launch.cli import main
+from farspan.launch.exit_codes import DONE, IO_ERROR, USER_ERROR
 from farspan.launch.launchers import check
 from farspan.version import __version__
 
@@ -40,8 +45,35 @@ def test_what_differs_is_named(expected: Path, name: str, theirs: str | None) ->
 
 def test_what_the_first_node_wrote_is_waited_for_and_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "_SHARED_SECONDS", 0.3)
-    problem = check.compare(tmp_path / "logs" / "expected.json")
+    problem = check.unseen(tmp_path / "logs" / "expected.json")
     assert problem is not None and problem.endswith("set run_dir to a folder that all nodes share")
+
+
+def command(folder: Path, data: Path, *words: str) -> list[str]:
+    """Of a node of a run in this folder."""
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(settings(data, folder / "run", 4, {})), encoding="utf-8")
+    (folder / "run").mkdir(exist_ok=True)
+    return ["launch", "check", *words, str(path)]
+
+
+def test_what_another_node_has_is_a_fault_of_the_node(
+    tmp_path: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another node may have it; data that the first one does not have either are the configuration's."""
+    monkeypatch.setattr(check, "_SHARED_SECONDS", 0.3)
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+    there, absent, unseen = tmp_path / "expected.json", tmp_path / "no data", ("--expect", str(tmp_path / "none.json"))
+    check.write_expected(there)
+    for number in ("0", "1"):
+        monkeypatch.setenv("SLURM_NODEID", number)
+        assert main(command(tmp_path, prepared, "--expect", str(there))) == DONE
+        assert main(command(tmp_path, prepared, *unseen)) == IO_ERROR
+        assert "set run_dir to a folder that all nodes share" in capsys.readouterr().err
+        assert main(command(tmp_path, absent)) == (USER_ERROR if number == "0" else IO_ERROR)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{socket.gethostname()}: " in line and str(absent) in line
 
 
 def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
