@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from .conversion.resize import misfit
 from .data.store import MANIFEST as DATA_MANIFEST
 from .files import explain
 from .metrics import read_metrics
+from .provenance import written_by
 from .rollbacks import Rollback, remove_undone
 from .skips import Skip, described, ordered
 
@@ -152,6 +154,27 @@ def _changed_skips(manifest: ckpt.Manifest, config: Config) -> str | None:
     then = ordered([Skip(skip["step"], skip["samples"]) for skip in saved], manifest.step)
     now = ordered(config.data.skips, manifest.step)
     return None if now == then else f"data.skip {described(then)}, now it is {described(now)}"
+
+
+def changes_since(start: Start, config: Config) -> list[str]:
+    """What a run goes on with that is not as it was when its checkpoint was saved, in words.  What is left out of the
+    data is no change: rollbacks have done that."""
+    if start.reader is None or not start.resumes:
+        return []
+    manifest, found = start.reader.manifest, []
+    if manifest.written_by and manifest.written_by != written_by():
+        then, now = (" ".join(map(str, one.values())) for one in (manifest.written_by, written_by()))
+        found.append(f"Farspan {then} → {now}")
+    values = json.loads(json.dumps(config.model_dump()))
+    for section, ours in values.items():
+        theirs = manifest.config.get(section)
+        if not isinstance(ours, dict) or not isinstance(theirs, dict):
+            continue  # run_dir: the folder was moved
+        common = (name for name in ours if name in theirs and (section, name) != ("data", "skip"))
+        found += [
+            f"{section}.{name} {theirs[name]!r} → {ours[name]!r}" for name in common if ours[name] != theirs[name]
+        ]
+    return found
 
 
 def checkpoints_folder(config: Config) -> Path:

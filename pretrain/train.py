@@ -16,7 +16,7 @@ from .hardware import peak_memory, utilization
 from .losses import Counts, LossFunction
 from .metrics import MetricsWriter, SpikeMetrics, StepMetrics
 from .objectives import Objective
-from .resume import Start, describe_layout, find_start, layout_of
+from .resume import Start, changes_since, describe_layout, find_start, layout_of
 from .rollbacks import Rollback, read, with_skips
 from .rounds import Rounds
 from .saving import Saving
@@ -84,6 +84,8 @@ def _train(
         for damage in start.passed_over:
             writer.message(f"not taken: {damage}")
         writer.message(_greeting(config, mesh, start))
+        if mesh.is_writer and (changed := changes_since(start, config)):
+            writer.message(f"changed since that was saved: {', '.join(changed)}")
         writer.message(kernels)
         if not objective.rows.store.checked:
             writer.message(f"{config.data.folder} was prepared without checksums: damage to its tokens goes unseen")

@@ -21,7 +21,9 @@ from small_disk import no_file_larger_than
 
 from farspan.launch.local import COMMAND
 from farspan.pretrain import checkpoint as ckpt
+from farspan.pretrain import resume
 from farspan.pretrain.metrics import read_metrics
+from farspan.version import __version__
 
 STEPS, STOP = 6, 3
 DROPOUT = {"model.hidden_dropout_prob": 0.1, "model.attention_probs_dropout_prob": 0.1}
@@ -302,6 +304,27 @@ def test_no_whole_checkpoint(tmp_path, prepared, saved_twice):
     assert next(said for said in ended.stderr.splitlines() if said.startswith("farspan: ")).startswith(line)
     assert "Traceback" not in ended.stderr and not ended.stdout
     assert content(tmp_path) == before
+
+
+def train_as_another(values: dict) -> tuple[str | None, str]:
+    """With another Farspan than the one that saved."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resume, "written_by", lambda: {"version": "9.9.9", "commit": "abcdef0"})
+        return train_and_listen(values)
+
+
+def test_what_has_changed_since_is_said(ranks, prepared, tmp_path, saved_twice):
+    """A run reads its configuration and Farspan anew whenever it comes back."""
+    shutil.copytree(saved_twice, tmp_path / "run")
+    overrides = DROPOUT | SAVES | replicas(1) | {"checkpoint.keep_last": 0}
+    values = settings(prepared, tmp_path / "run", STEPS, overrides)
+    assert "changed since" not in ranks.run(train_and_listen, values, count=2, seconds=120)[0][1]
+    values = settings(prepared, tmp_path / "run", STEPS + 2, overrides | {"optimizer.lr": 2e-3})
+    (error, said), (_, silence) = ranks.run(train_as_another, values, count=2, seconds=120)
+    assert error is None and "changed since" not in silence
+    (line,) = [line for line in said.splitlines() if "changed since" in line]
+    assert f"changed since that was saved: Farspan {__version__} " in line and "→ 9.9.9 abcdef0" in line
+    assert f"training.steps {STEPS} → {STEPS + 2}, optimizer.lr 0.001 → 0.002" in line
 
 
 def test_weights_alone_are_not_resumed(start, tmp_path):
