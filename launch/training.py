@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ from .parent import die_with_launcher
 if TYPE_CHECKING:
     from ..pretrain.config import Config
     from .guard import Guard
+
+_OPEN_FILES = 65536
 
 DESCRIPTION = """\
 Train as the YAML file says.  section.key=value after it overrides one value, as often as needed:
@@ -71,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
 def _be_rank(args: argparse.Namespace, environment: RankEnvironment, config: Config | None = None) -> int:
     """``config``: where it has been read."""
     with _guarded(environment) as guard:
+        _allow_open_files()
         apply(environment)
         network.prepare(environment)
         config = config or _config_of(args)
@@ -84,6 +88,15 @@ def _be_rank(args: argparse.Namespace, environment: RankEnvironment, config: Con
     if stopped and environment.rank == 0:
         endings.note(exit_codes.STOPPED)  # a launcher may say no more than how the last rank was ended
     return exit_codes.of_stop(environment.rank) if stopped else exit_codes.DONE
+
+
+def _allow_open_files() -> None:
+    """As many as an ordinary process may ask for: shards and connections to other ranks, where shells allow 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 @contextlib.contextmanager

@@ -20,15 +20,17 @@ from ..checksums import BLOCK, checksum, of_block
 
 Tokens = npt.NDArray[np.unsignedinteger[Any]]
 
+_MANY_FILES = 8192
 _REMEDY = "put a whole copy in its place, or prepare the data again"
 
 
 class OpenFiles:
-    """Files that are open for reading: those used last, at most ``limit`` of them (by default half of as many as this
-    process may open)."""
+    """Files that are open for reading: those used last, at most ``limit`` of them (by default an eighth of as many as
+    this process may open: a run has two splits, and connections to many ranks)."""
 
     def __init__(self, limit: int | None = None) -> None:
-        self._limit = limit or max(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2, 16)
+        allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._limit = limit or (max(allowed // 8, 16) if allowed != resource.RLIM_INFINITY else _MANY_FILES)
         self._open: collections.OrderedDict[Path, int] = collections.OrderedDict()
         self._lock = threading.Lock()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 from pathlib import Path
 
@@ -135,6 +136,13 @@ def test_more_shards_than_files_may_be_open(tmp_path):
         assert open_files() <= before + 2
     del store, one, files
     assert open_files() <= before
+
+
+@pytest.mark.parametrize(("allowed", "each"), [(1024, 128), (65536, 8192), (64, 16), (resource.RLIM_INFINITY, 8192)])
+def test_the_files_of_two_splits_leave_room(monkeypatch, allowed, each):
+    """Text of a GiB has a thousand shards and more in either split."""
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (allowed, allowed))
+    assert OpenFiles()._limit == each
 
 
 def test_a_damaged_index(tmp_path):

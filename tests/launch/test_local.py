@@ -84,6 +84,20 @@ def test_a_thread_count_that_is_set_stays(tmp_path: Path, monkeypatch: pytest.Mo
     assert read(tmp_path, "threads", 1) == ["7"]
 
 
+def test_a_rank_may_open_many_files() -> None:
+    """Shells allow 1,024: shards and connections need more."""
+    code = """
+import resource
+from farspan.launch.training import _allow_open_files
+hard = min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+_allow_open_files()
+print(resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard))
+"""
+    ended = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert ended.stdout == "True\n"
+
+
 def test_only_rank_0_is_heard_while_all_goes_well(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path, "print('out', rank); print('err', rank, file=sys.stderr)") == 0
     output = capfd.readouterr()
