@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import select
 import signal
 import socket
@@ -29,8 +30,10 @@ from .hang_report import Report
 STACKS_SIGNAL = signal.SIGRTMIN + 3  # nobody else's, we hope: SIGUSR1 asks to save, schedulers send SIGUSR2
 ASK_STACKS, ASK_END = "stacks", "end"  # what the thread in the rank is asked, a line each; the end with a folder
 FOLDER = "hangs"
+_SUMMARY, _REPORT = "summary.txt", re.compile(r"rank-(\d+)\.txt")
 _CLAIMS = ".claims"  # in it: 1, 2, ... for the run's first hang, its second, ...
-PATIENCE_SECONDS = 15.0  # for the reports of other ranks
+PATIENCE_SECONDS = 15.0  # for the reports of other ranks,
+_PATIENCE_FOR_EACH = 0.02  # and of a thousand more
 _LIMIT_SECONDS = 1800.0  # until the configuration has been read
 _POLL_SECONDS = 1.0
 _WRITE_SECONDS = 10.0  # that a file system gets
@@ -141,11 +144,11 @@ class Guard:
         silent, limit, process = self.silent, self.limit, about_process(self.parent)
         record = self.record.state()
         self.folder = within(_WRITE_SECONDS, self._make_folder)
-        reports: dict[int, Report] = {}
-        end = time.monotonic() + PATIENCE_SECONDS
+        patience = PATIENCE_SECONDS + self.world * _PATIENCE_FOR_EACH
+        end = time.monotonic() + patience
         if process["state"] in hang_report.STOPPED:
             # It would go on for a moment, and others with it: their stacks come first.
-            self._collect(reports, self.world - 1, time.monotonic() + PATIENCE_SECONDS / 3)
+            self._wait_for_reports(self.world - 1, time.monotonic() + patience / 3)
         stacks = self._take_stacks()
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.parent, signal.SIGSTOP)  # nothing is to change, and nobody to fail before all have reported
@@ -163,56 +166,63 @@ class Guard:
             "no_stacks": "the process does not answer a signal",
             "top": hang_report.top_of(stacks),
         }
-        reports[self.rank] = mine
-        file = self._file(self.rank)
-        if file is not None and not within(_WRITE_SECONDS, lambda: _write(file, hang_report.to_text(mine))):
-            self.folder = None
-        self._collect(reports, self.world, end)
-        self._conclude(reports, mine)
+        folder = self.folder
+        if folder is not None:
+            written = within(_WRITE_SECONDS, lambda: _write(_file(folder, self.rank), hang_report.to_text(mine)))
+            self.folder = folder if written else None
+        there = self._wait_for_reports(self.world, end)
+        # One reads them all, and says who holds up whom: a thousand would keep a file system busy for minutes.
+        first = self.folder is None or self.rank == min(there | {self.rank})
+        if first or not self._hear(mine):
+            self._conclude(self._read(there) | {self.rank: mine}, mine)
+        if note := os.environ.get(FAILURE_FILE):
+            within(1.0, lambda: Path(note + HUNG_SUFFIX).write_text(str(self.folder or "")))
 
     def _conclude(self, reports: dict[int, Report], mine: Report) -> None:
-        text, found = hang_report.summary(reports, self.world), hang_report.culprits(reports, self.world)
-        folder = self.folder
-        first = self.rank == min(reports)
+        """Say who holds up whom."""
+        text, folder = hang_report.summary(reports, self.world), self.folder
         if folder is None:  # all that is left is to say it
             text += f"nothing can be written to {self.hangs}; the main thread's stack:\n"
             text += hang_report.main_thread(mine["stacks"])
-        elif first and within(_WRITE_SECONDS, lambda: _write(folder / "summary.txt", text)):
-            text = text.split("\n\n")[0] + f"\nstacks and last collectives of all ranks: {folder}/summary.txt\n"
-        elif not first:
-            text = f"{hang_report.who(mine)} holds up the others, {found.get(self.rank)}\n"
-            # The end of this rank may be the end of all, with the guard that writes it.
-            self._wait_for(folder / "summary.txt")
-        if first or folder is None or self.rank in found:
-            _say(f"farspan: {text}" if self.rank == 0 else f"farspan: [rank {self.rank}] {text}")
-        if note := os.environ.get(FAILURE_FILE):
-            within(1.0, lambda: Path(note + HUNG_SUFFIX).write_text(str(folder or "")))
+        elif within(_WRITE_SECONDS, lambda: _write(folder / _SUMMARY, text)):
+            text = text.split("\n\n")[0] + f"\nstacks and last collectives of all ranks: {folder / _SUMMARY}\n"
+        self._say(text)
 
-    def _wait_for(self, file: Path) -> None:
-        end = time.monotonic() + _WRITE_SECONDS
-        while within(_WRITE_SECONDS, file.exists) is False and time.monotonic() < end:
+    def _hear(self, mine: Report) -> bool:
+        """Wait until another guard has written who holds up whom, for the end of this rank may be the end of all; say
+        it where it is this one.  Whether it was written."""
+        assert self.folder is not None
+        file, end = self.folder / _SUMMARY, time.monotonic() + _WRITE_SECONDS + self.world * _PATIENCE_FOR_EACH
+        while (text := within(_WRITE_SECONDS, lambda: _text_of(file))) == "" and time.monotonic() < end:
             time.sleep(0.05)
+        why = hang_report.said_of(self.rank, text or "")
+        if why is not None:
+            self._say(f"{hang_report.who(mine)} holds up the others, {why}\n")
+        return bool(text)
 
-    def _file(self, rank: int) -> Path | None:
-        return None if self.folder is None else self.folder / f"rank-{rank:05d}.txt"
+    def _say(self, text: str) -> None:
+        _say(f"farspan: {text}" if self.rank == 0 else f"farspan: [rank {self.rank}] {text}")
 
-    def _collect(self, reports: dict[int, Report], count: int, end: float) -> None:
-        """Read the reports of other ranks until there are so many, or the time is over."""
+    def _wait_for_reports(self, count: int, end: float) -> set[int]:
+        """The ranks that have reported, once there are so many or the time is over.
 
-        def read(file: Path) -> Report:
-            return hang_report.from_text(file.read_text(encoding="utf-8", errors="replace"))
+        Their folder is listed: a network file system goes on saying for a while that a name is not there.
+        """
+        while (folder := self.folder) is not None:
+            names = within(_WRITE_SECONDS, lambda folder=folder: list(folder.iterdir())) or []  # type: ignore[misc]
+            there = {int(match[1]) for path in names if (match := _REPORT.fullmatch(path.name)) is not None}
+            if len(there) >= count or time.monotonic() >= end:
+                return there
+            time.sleep(0.1 + self.world / 2000)
+        return set()
 
-        while self.folder is not None:
-            for rank in set(range(self.world)) - set(reports):
-                file = self._file(rank)
-                assert file is not None
-                if within(_WRITE_SECONDS, file.exists):
-                    found = within(_WRITE_SECONDS, lambda file=file: read(file))  # type: ignore[misc]
-                    if found is not None:
-                        reports[rank] = found
-            if len(reports) >= count or time.monotonic() >= end:
-                return
-            time.sleep(0.1)
+    def _read(self, ranks: set[int]) -> dict[int, Report]:
+        reports: dict[int, Report] = {}
+        for rank in sorted(ranks):
+            text = within(_WRITE_SECONDS, lambda rank=rank: _text_of(_file(self.folder, rank)))  # type: ignore[misc]
+            with contextlib.suppress(ValueError):
+                reports[rank] = hang_report.from_text(text or "")
+        return reports
 
     def _take_stacks(self) -> str:
         """All threads' stacks in the rank; a stopped process must go on for that.
@@ -291,6 +301,18 @@ def _kernel_function(task: Path) -> str:
     with contextlib.suppress(OSError):
         return (task / "wchan").read_text().strip() or "-"
     return "-"
+
+
+def _file(folder: Path, rank: int) -> Path:
+    return folder / f"rank-{rank:05d}.txt"
+
+
+def _text_of(file: Path) -> str:
+    """Empty where there is none yet."""
+    try:
+        return file.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return ""
 
 
 def _write(path: Path, text: str) -> bool:

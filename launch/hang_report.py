@@ -129,7 +129,11 @@ def culprits(reports: Mapping[int, Report], world: int) -> dict[int, str]:
     waiting = {rank: waits_for(report, reports) for rank, report in reports.items()}
     outside = [rank for rank, ranks in waiting.items() if ranks is None]
     if outside:
-        late = [rank for rank in outside if _is_behind(reports[rank], reports)]
+        most: dict[str, int] = {}  # collectives of a group that a rank has begun
+        for report in reports.values():
+            for key, group in report["record"]["groups"].items():
+                most[key] = max(most.get(key, 0), group["begun"])
+        late = [rank for rank in outside if _is_behind(reports[rank], most)]
         return {rank: _where(reports[rank]) for rank in late or outside}
     wanted = {rank for ranks in waiting.values() for rank in ranks or ()}
     if not wanted:  # all have come, and still wait: nobody is late, something between them is broken
@@ -142,11 +146,15 @@ def culprits(reports: Mapping[int, Report], world: int) -> dict[int, str]:
     }
 
 
-def _is_behind(report: Report, reports: Mapping[int, Report]) -> bool:
+def said_of(rank: int, text: str) -> str | None:
+    """Why a rank holds up the others, as the first lines of a ``summary`` say it; None where they do not name it."""
+    found = re.search(rf"^the run hangs at rank {rank} of \d+(?: \([^)]*\))?: (.*)$", text.partition("\n\n")[0], re.M)
+    return None if found is None else found[1]
+
+
+def _is_behind(report: Report, most: Mapping[str, int]) -> bool:
     """Whether another rank has begun more collectives of a group that both are in."""
-    groups = report["record"]["groups"]
-    others = (other["record"]["groups"] for other in reports.values())
-    return any(groups[key]["begun"] < other[key]["begun"] for other in others for key in groups.keys() & other.keys())
+    return any(group["begun"] < most[key] for key, group in report["record"]["groups"].items())
 
 
 def _where(report: Report) -> str:

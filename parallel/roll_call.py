@@ -10,6 +10,8 @@ from torch import Tensor
 
 from .mesh import Mesh
 
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
+
 
 class RollCall:
     """Every rank asks with a few numbers of its own; the answer is what all ranks said.
@@ -30,7 +32,8 @@ class RollCall:
         if self._mesh.size == 1:
             self._asked = None, mine.unsqueeze(0)
             return
-        request = dist.all_gather(list(everyone), mine, async_op=True)
+        # One tensor for all: a list of a thousand is a thousand copies.
+        request = _all_gather(everyone.view(-1), mine, async_op=True)
         self._asked = request, everyone
 
     def answer(self) -> list[list[float]] | None:

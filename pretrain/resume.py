@@ -19,7 +19,7 @@ from .conversion.model import model_of
 from .conversion.resize import misfit
 from .data.store import MANIFEST as DATA_MANIFEST
 from .files import explain
-from .metrics import read_metrics
+from .metrics import complete_lines
 from .provenance import written_by
 from .rollbacks import Rollback, remove_undone
 from .skips import Skip, described, ordered
@@ -121,8 +121,11 @@ def newest_whole(folders: Sequence[Path], mesh: Mesh) -> tuple[ckpt.Reader | Non
 def _check_folder(config: Config) -> None:
     """ValueError where the run folder, which has no checkpoint, has the steps of another configuration."""
     metrics, path = Path(config.run_dir) / "metrics.jsonl", Path(config.run_dir) / "config.yaml"
-    if not (metrics.is_file() and path.is_file() and read_metrics(metrics)):
+    if not (metrics.is_file() and path.is_file()):
         return
+    with metrics.open("rb") as file:
+        if next(complete_lines(file), None) is None:
+            return
     try:
         then = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,11 +99,13 @@ def add(run_dir: Path | str, rollback: Rollback) -> None:
     write_text(folder / RECORDS, "".join(json_line(one.to_json()) for one in (*earlier, rollback)))
 
 
-def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """One after another: a million of them are gigabytes."""
     if not path.is_file():
-        return []
+        return
     with path.open("rb") as file:
-        return [(line.decode(), values) for line, values in complete_lines(file)]
+        for line, values in complete_lines(file):
+            yield line.decode(), values
 
 
 def with_skips(config: Config, rollbacks: Sequence[Rollback]) -> Config:

@@ -12,6 +12,7 @@ checkpoints/
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -114,9 +115,14 @@ def within_reach(folders: Sequence[Path], steps_back: int) -> list[Path]:
 def validation_loss(folder: Path) -> float | None:
     """At the step of a checkpoint; None where it was not measured, or the checkpoint is damaged."""
     try:
-        loss = Manifest.read(folder).metrics.get("validation_loss")
+        return _validation_loss(folder, (folder / MANIFEST).stat().st_mtime_ns)
     except (ValueError, OSError):
         return None
+
+
+@functools.lru_cache(maxsize=4096)  # asked of all that are kept, after each save
+def _validation_loss(folder: Path, _written: int) -> float | None:
+    loss = Manifest.read(folder).metrics.get("validation_loss")
     return float(loss) if isinstance(loss, int | float) and math.isfinite(loss) else None
 
 

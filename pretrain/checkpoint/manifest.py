@@ -127,16 +127,18 @@ def _sealed(body: str) -> str:
 def merge_entries(parts: Iterable[Mapping[str, Entry]]) -> dict[str, Entry]:
     """One table of tensors from those of all ranks."""
     merged: dict[str, Entry] = {}
+    shards: dict[str, dict[str, list[Shard]]] = {}
     for entries in parts:
         for name, entry in entries.items():
-            if name not in merged:
-                merged[name] = entry
-                continue
-            old = merged[name]
-            shards = {kind: (*old.shards.get(kind, ()), *more) for kind, more in entry.shards.items()}
+            old = merged.setdefault(name, entry)
             step = entry.step if old.step is None else old.step
-            merged[name] = Entry(old.shape, {**old.dtypes, **entry.dtypes}, {**old.shards, **shards}, step)
-    return merged
+            merged[name] = Entry(old.shape, {**old.dtypes, **entry.dtypes}, {}, step)
+            for kind, more in entry.shards.items():
+                shards.setdefault(name, {}).setdefault(kind, []).extend(more)
+    return {
+        name: dataclasses.replace(entry, shards={kind: tuple(found) for kind, found in shards.get(name, {}).items()})
+        for name, entry in merged.items()
+    }
 
 
 def _entry_to_json(entry: Entry, numbers: Mapping[str, int]) -> dict[str, Any]:

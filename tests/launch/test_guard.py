@@ -21,7 +21,7 @@ import pytest
 from faults import Member, alive, members, state, until, until_gone
 
 import farspan
-from farspan.launch import guard, hang_report
+from farspan.launch import guard, guard_process, hang_report
 from farspan.launch.exit_codes import HUNG
 from farspan.launch.guard_process import Guard
 from farspan.launch.local import run_ranks
@@ -511,11 +511,44 @@ def test_no_rank_ends_before_it_is_written_who_holds_up_whom(tmp_path):
     """The end of one rank may end the others, and the guard that is about to write it."""
     guard = Guard.__new__(Guard)
     guard.rank, guard.world, guard.folder = 1, 2, tmp_path
-    reports = {0: made(0), 1: made(1, state="T")}
-    ending = threading.Thread(target=guard._conclude, args=(reports, reports[1]), daemon=True)
+    said: list[str] = []
+    guard._say = said.append  # type: ignore[method-assign]
+    reports = {0: made(0) | {"host": "n0"}, 1: made(1, state="T")}
+    ending = threading.Thread(target=guard._hear, args=(reports[1],), daemon=True)
     ending.start()
     ending.join(0.5)
     assert ending.is_alive()
-    (tmp_path / "summary.txt").write_text("")
+    (tmp_path / "summary.txt").write_text(hang_report.summary(reports, 2))
     ending.join(PATIENCE)
     assert not ending.is_alive()
+    assert said == ["rank 1 of 4 (n, pid 1) holds up the others, stopped (by a signal: SIGSTOP, or one like it)\n"]
+
+
+def test_what_a_summary_says_of_a_rank() -> None:
+    reports = {rank: made(rank, begun={"all": 8}, state="T" if rank in (1, 11) else "S") for rank in range(12)}
+    text = hang_report.summary(reports, 12)
+    stopped = hang_report.STATES["T"]
+    assert [hang_report.said_of(rank, text) for rank in (1, 11, 0, 2)] == [stopped, stopped, None, None]
+    missing = hang_report.summary({0: made(0)}, 2)
+    assert hang_report.said_of(1, missing) == "no report of it: its process, its guard or its node is gone"
+    assert hang_report.said_of(0, "") is None
+
+
+def test_of_many_ranks_one_reads_the_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others list the folder, and read nothing but who holds up whom."""
+    for rank in (1, 2):
+        about = {"no_stacks": "", "limit_seconds": 1.0, "time": "", "stacks": ""}
+        (tmp_path / f"rank-{rank:05d}.txt").write_text(hang_report.to_text(made(rank) | about))
+    (tmp_path / ".rank-00000.txt.tmp").write_text("half of a rep")
+    guard = Guard.__new__(Guard)
+    guard.rank, guard.world, guard.folder = 2, 3, tmp_path
+    began = time.monotonic()
+    assert guard._wait_for_reports(3, began + 0.5) == {1, 2} and time.monotonic() - began >= 0.5
+    assert guard._wait_for_reports(2, began + PATIENCE) == {1, 2}
+    assert {rank: one["pid"] for rank, one in guard._read({1, 2}).items()} == {1: 1, 2: 2}
+    (tmp_path / "rank-00000.txt").write_text("no report")
+    assert guard._wait_for_reports(3, began + PATIENCE) == {0, 1, 2} and set(guard._read({0, 1, 2})) == {1, 2}
+    monkeypatch.setattr(guard_process, "_WRITE_SECONDS", 0.3)
+    assert not guard._hear(made(2)), "the one that was to write it is gone"
+    guard.folder = None
+    assert guard._wait_for_reports(3, began + PATIENCE) == set()
