@@ -219,7 +219,9 @@ class Guard:
     def _read(self, ranks: set[int]) -> dict[int, Report]:
         reports: dict[int, Report] = {}
         for rank in sorted(ranks):
-            text = within(_WRITE_SECONDS, lambda rank=rank: _text_of(_file(self.folder, rank)))  # type: ignore[misc]
+            assert self.folder is not None, "ranks have reported to it"
+            file = _file(self.folder, rank)
+            text = within(_WRITE_SECONDS, lambda file=file: _text_of(file))  # type: ignore[misc]
             with contextlib.suppress(ValueError):
                 reports[rank] = hang_report.from_text(text or "")
         return reports
