@@ -193,8 +193,11 @@ class Guard:
         it where it is this one.  Whether it was written."""
         assert self.folder is not None
         file, end = self.folder / _SUMMARY, time.monotonic() + _WRITE_SECONDS + self.world * _PATIENCE_FOR_EACH
-        while (text := within(_WRITE_SECONDS, lambda: _text_of(file))) == "" and time.monotonic() < end:
-            time.sleep(0.05)
+        while _SUMMARY not in self._names():
+            if time.monotonic() >= end:
+                return False
+            time.sleep(self._pause)
+        text = within(_WRITE_SECONDS, lambda: _text_of(file))
         why = hang_report.said_of(self.rank, text or "")
         if why is not None:
             self._say(f"{hang_report.who(mine)} holds up the others, {why}\n")
@@ -204,17 +207,23 @@ class Guard:
         _say(f"farspan: {text}" if self.rank == 0 else f"farspan: [rank {self.rank}] {text}")
 
     def _wait_for_reports(self, count: int, end: float) -> set[int]:
-        """The ranks that have reported, once there are so many or the time is over.
-
-        Their folder is listed: a network file system goes on saying for a while that a name is not there.
-        """
-        while (folder := self.folder) is not None:
-            names = within(_WRITE_SECONDS, lambda folder=folder: list(folder.iterdir())) or []  # type: ignore[misc]
-            there = {int(match[1]) for path in names if (match := _REPORT.fullmatch(path.name)) is not None}
+        """The ranks that have reported, once there are so many or the time is over."""
+        while self.folder is not None:
+            there = {int(match[1]) for name in self._names() if (match := _REPORT.fullmatch(name)) is not None}
             if len(there) >= count or time.monotonic() >= end:
                 return there
-            time.sleep(0.1 + self.world / 2000)
+            time.sleep(self._pause)
         return set()
+
+    def _names(self) -> list[str]:
+        """In the folder of the reports, listed: a network file system goes on saying of a name that it is not there."""
+        assert self.folder is not None
+        folder = self.folder
+        return within(_WRITE_SECONDS, lambda: [path.name for path in folder.iterdir()]) or []
+
+    @property
+    def _pause(self) -> float:
+        return 0.1 + self.world / 2000
 
     def _read(self, ranks: set[int]) -> dict[int, Report]:
         reports: dict[int, Report] = {}
