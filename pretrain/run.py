@@ -65,10 +65,11 @@ def tokenizer_folder(config: Config) -> Path:
 
 
 def objective_of(config: Config, vocabulary: Vocabulary, split: str) -> Objective:
-    """What is predicted, on one split."""
+    """What is predicted, on one split, of whose shards this rank looks at its share."""
+    rank, size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     return make_objective(
         config.objective.name,
-        store=TokenStore(config.data.folder, split),
+        store=TokenStore(config.data.folder, split, share=(rank, size)),
         vocabulary=vocabulary,
         sequence_length=config.data.sequence_length,
         row_mode=config.data.rows,

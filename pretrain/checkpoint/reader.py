@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ...parallel.mesh import Axis
 from ...parallel.parts import Part, Runs, overlap
-from ...parallel.sharding import Logical, logical_name, logical_of
+from ...parallel.sharding import logical_name, logical_of
 from .manifest import MANIFEST, TOKENIZER, Entry, Manifest, Shard
 from .tensor_file import CheckedFile, TensorFile
 
@@ -22,6 +23,15 @@ _OPEN_FILES = 256  # at a time: a thousand ranks write two thousand, and a proce
 def tensor_key(kind: str, name: str) -> str:
     """The name of a tensor in a file."""
     return name if kind == "weight" else f"{kind}:{name}"
+
+
+class Wanted(NamedTuple):
+    """A part that is to be read, and the 1-D tensor to fill with it."""
+
+    kind: str
+    name: str
+    part: Part
+    into: Tensor
 
 
 class Reader:
@@ -76,13 +86,6 @@ class Reader:
         self.read(kind, name, Part.whole(entry.shape), values.view(-1))
         return values
 
-    def local(self, name: str, logical: Logical, axis: Axis, local_shape: Iterable[int]) -> Tensor:
-        """A rank's slice of a weight, padded, in the parameter's own shape."""
-        entry, part = self._entry(name, "weight", logical.shape), Part.of_rank(logical, axis)
-        values = torch.empty(part.slice_shape, dtype=entry.dtypes["weight"])
-        self.read("weight", name, part, values.view(-1))
-        return (values if logical.dim is None else logical.pad(values, axis)).reshape(tuple(local_shape))
-
     # As an optimizer reads it (``parallel.state.SavedState``).
 
     def kinds(self, name: str) -> Collection[str]:
@@ -93,17 +96,26 @@ class Reader:
 
     def read(self, kind: str, name: str, part: Part, into: Tensor) -> None:
         """Fill ``into``, 1-D, of any dtype and device, with the values of that part."""
+        self.read_all([Wanted(kind, name, part, into)])
+
+    def read_all(self, wanted: Iterable[Wanted]) -> None:
+        """The same for many parts, file by file: where ZeRO 3 has spread each tensor over a thousand files, one is
+        opened once."""
+        copies = [copy for one in wanted for copy in self._copies(one)]
+        for key, dtype, shard, runs, into in sorted(copies, key=lambda copy: copy[2].file):
+            self._copy(key, dtype, shard, runs, into)
+
+    def _copies(self, wanted: Wanted) -> list[tuple[str, torch.dtype, Shard, Runs, Tensor]]:
+        kind, name, part, into = wanted
         assert into.is_contiguous() and len(into) == part.values, "values are counted from the part's first on"
         entry = self._entry(name, kind, part.shape)
-        missing = part.values
-        for shard in entry.shards[kind]:
-            for runs in overlap(shard.part, part):
-                self._copy(tensor_key(kind, name), entry.dtypes[kind], shard, runs, into)
-                missing -= runs.count * runs.length
-        if missing:
+        key, dtype = tensor_key(kind, name), entry.dtypes[kind]
+        found = [(key, dtype, shard, runs, into) for shard in entry.shards[kind] for runs in overlap(shard.part, part)]
+        if missing := part.values - sum(runs.count * runs.length for *_, runs, _ in found):
             raise ValueError(
                 f"{self.folder} lacks {missing} of the {part.values} values of {kind} {name} that are needed"
             )
+        return found
 
     def _copy(self, key: str, dtype: torch.dtype, shard: Shard, runs: Runs, into: Tensor) -> None:
         file = self._file_with(key, dtype, shard)
@@ -162,9 +174,13 @@ class Reader:
         file.close()
 
 
-@torch.no_grad()
 def load_weights(module: nn.Module, reader: Reader, axis: Axis) -> None:
     """Fill a module's parameters with their slices.  Parameters must be whole (not partitioned by ZeRO 3)."""
+    wanted = []
     for name, parameter in module.named_parameters():
-        logical = logical_of(parameter)
-        parameter.copy_(reader.local(logical_name(name, parameter), logical, axis, parameter.shape))
+        logical, values = logical_of(parameter), parameter.detach().view(-1)
+        part = Part.of_rank(logical, axis)
+        assert len(values) == part.values or logical.dim == 0, "padding is at the end"
+        values[part.values :] = 0
+        wanted.append(Wanted("weight", logical_name(name, parameter), part, values[: part.values]))
+    reader.read_all(wanted)

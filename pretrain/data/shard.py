@@ -69,8 +69,8 @@ class Shard:
     """A file of ``tokens`` ids of ``dtype``.  ``checksums``: of its blocks, each of which is compared the first time
     that a read touches it, by this process; None: nothing is known.
 
-    ValueError in one line, here and from ``read``: it is missing, of another size, or not what was written.  OSError:
-    it cannot be read.
+    ValueError in one line, from ``check`` and ``read``: it is missing, of another size, or not what was written.
+    OSError: it cannot be read.
     """
 
     def __init__(self, path: Path, tokens: int, dtype: np.dtype[Any], checksums: str | None, files: OpenFiles) -> None:
@@ -80,10 +80,15 @@ class Shard:
         self._verified = np.zeros(-(-self._bytes // BLOCK), bool)
         if checksums is None:
             self._verified[:] = True
-        size = files.size(path) if path.is_file() else None  # a pipe would be waited for
+
+    def check(self) -> None:
+        """That there is such a file, of the right size."""
+        size = self._files.size(self.path) if self.path.is_file() else None  # a pipe would be waited for
         if size != self._bytes:
             found = "is missing" if size is None else f"has {size} bytes"
-            raise ValueError(f"shard {path} {found}, dataset.json says {self._bytes} bytes: prepare the data again")
+            raise ValueError(
+                f"shard {self.path} {found}, dataset.json says {self._bytes} bytes: prepare the data again"
+            )
 
     def read(self, begin: int, end: int) -> Tokens:
         """Ids [begin, end), as they are stored; not to be written to."""

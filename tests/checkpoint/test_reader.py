@@ -31,6 +31,24 @@ def written(folder, vocabulary, tensor, data, dtype=torch.float32):
     return write_checkpoint(folder, values, lambda name: held(logical[name], tensor, data)), values
 
 
+def model_of(parameters, values=torch.nan):
+    """A module with these parameters, given as name → (logical tensor, shape)."""
+    module = nn.Module()
+    for name, (logical, shape) in parameters.items():
+        parameter = nn.Parameter(torch.full(tuple(shape), values))
+        parameter.logical = logical
+        module.register_parameter(name, parameter)
+    return module
+
+
+def filled(reader, name, logical, axis, shape):
+    """A rank's parameter as ``load_weights`` fills it."""
+    shape = torch.empty(logical.local_shape(axis)).reshape(shape).shape
+    module = model_of({name: (logical, shape)})
+    load_weights(module, reader, axis)
+    return module.get_parameter(name).detach()
+
+
 @pytest.fixture(scope="module", params=[97, 5])
 def everywhere(request, tmp_path_factory):
     """A checkpoint of every layout.  Of 5 words some ranks have none."""
@@ -57,7 +75,7 @@ def test_every_layout_reads_every_other(trusted, everywhere):
                 for rank in range(tensor):
                     axis = Axis(rank, tensor, None)
                     shape = (-1, logical.shape[-1]) if name == "qkv" else logical.local_shape(axis)
-                    local = reader.local(name, logical, axis, shape)
+                    local = filled(reader, name, logical, axis, shape)
                     expected = logical.slice(full, axis, logical.local_shape(axis)).reshape(shape)
                     assert torch.equal(local, expected), (folder.name, name, tensor, rank)
                 for part in held(logical, tensor, data):
@@ -151,6 +169,27 @@ def test_few_files_are_open_at_a_time(tmp_path, monkeypatch):
     assert reader.bytes_read - before == 2 * 160 + 16 * header
 
 
+def test_of_weights_in_many_files_each_is_opened_once(tmp_path, monkeypatch):
+    """As ZeRO 3 leaves them: a part of each tensor in every file."""
+    monkeypatch.setattr(reader_module, "_OPEN_FILES", 3)
+    full = {name: torch.randn(8, 5) for name in ("x", "y", "z")}
+    parts = [Part.whole((8, 5)).run(n, n + 5) for n in range(0, 40, 5)]
+    folder = write_checkpoint(tmp_path / "c", {"weight": full}, lambda name: parts)
+    opened = []
+
+    def noted(path, *about, **options):
+        opened.append(path)
+        return TensorFile(path, *about, **options)
+
+    monkeypatch.setattr(reader_module, "TensorFile", noted)
+    reader = Reader(folder)
+    reader.trust()
+    module = model_of({name: (Logical((8, 5)), (8, 5)) for name in full})
+    load_weights(module, reader, Axis(0, 1, None))
+    assert all(torch.equal(module.get_parameter(name), values) for name, values in full.items())
+    assert sorted(opened) == sorted(set(opened)) and len(opened) == len(parts)
+
+
 # Dtypes.
 
 
@@ -184,7 +223,7 @@ def test_another_model_or_optimizer(one):
     refused(lambda: reader.tensor("norm", kind="master"), f"{one} has no master of norm: it was saved with another")
     message = f"norm in {one} has shape (15,), the model needs (16,): the checkpoint is of another model configuration"
     refused(lambda: reader.tensor("norm", (16,)), message)
-    refused(lambda: reader.local("norm", Logical((16,)), Axis(0, 1, None), (16,)), message)
+    refused(lambda: filled(reader, "norm", Logical((16,)), Axis(0, 1, None), (16,)), message)
     refused(lambda: reader.read("weight", "norm", Part.whole((16,)), torch.empty(16)), message)
 
 

@@ -85,3 +85,14 @@ def test_errors_are_one_clear_line(tmp_path):
         with pytest.raises(ValueError, match=match) as error:
             TokenStore(folder, split)
         assert "\n" not in str(error.value)
+
+
+def test_ranks_look_at_a_share_of_the_shards_each(tmp_path):
+    """What one of the others has to find is said where it is read."""
+    folder = make(tmp_path)
+    (folder / "train/00000.bin").unlink()
+    with pytest.raises(ValueError, match=r"00000\.bin is missing"):
+        TokenStore(folder, share=(0, 2))
+    store = TokenStore(folder, share=(1, 2))
+    with pytest.raises(OSError, match=r"00000\.bin cannot be read .*No such file or directory"):
+        store.document(0)
