@@ -18,7 +18,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -94,7 +94,7 @@ def library(operation: str, sources: Sequence[Path], target: Target, root: Path,
             return found
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with _lock(root / f".{name}.lock", limit):
+        with _lock(root / f".{name}.lock", limit, lambda: _is_whole(root / name)):
             try:
                 found = read(root / name)
             except _Damaged as damage:
@@ -130,6 +130,13 @@ def read(folder: Path) -> Built | None:
         return None
     except (ValueError, KeyError, TypeError) as error:
         raise _Damaged(f"{folder} is damaged: build.json cannot be read ({error})") from error
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        return read(folder) is not None
+    except _Damaged:
+        return False
 
 
 def contents(root: Path) -> list[Built | Path]:
@@ -198,8 +205,9 @@ def _discard(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _lock(path: Path, limit: float) -> Iterator[None]:
-    """One process at a time.  BuildError: none got through for ``limit`` seconds."""
+def _lock(path: Path, limit: float, done: Callable[[], bool]) -> Iterator[None]:
+    """One process at a time, until what they wait for is ``done``: then nobody needs to.  BuildError: none got through
+    for ``limit`` seconds."""
     with path.open("a") as file:
         end = time.monotonic() + limit
         while True:
@@ -207,6 +215,8 @@ def _lock(path: Path, limit: float) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
+                if done():
+                    break
                 if time.monotonic() > end:
                     raise BuildError(
                         f"another process has been building for more than {limit:.0f} s ({path}): "

@@ -9,6 +9,7 @@ them call alike.
 from __future__ import annotations
 
 import dataclasses
+import pickle
 import shutil
 import threading
 import time
@@ -82,7 +83,6 @@ class _Pending:
     beside: Path
     final: Path
     began: float
-    entries: dict[str, Entry]
     work: _Work
     writing: bool = True  # its files; then the manifest
     bytes: int = 0
@@ -135,19 +135,19 @@ class Saver:
         final = folders.step_folder(self.root, manifest.step)
         beside = folders.folder_beside(final)
 
-        def write() -> dict[str, Any]:
+        def write() -> bytes:
             if before is not None and self.mesh.is_writer:
                 before()
             beside.mkdir(parents=True, exist_ok=True)
-            return _write_files(beside, names, values)
+            return pickle.dumps((_write_files(beside, names, values), entries))
 
+        entries = _entries(pieces, steps, self.mesh.rank)
         # Training may go on and change what was copied.
         values = {tensor_key(p.kind, p.name): self._host_copy(p).view(_stored_shape(p)) for p in pieces}
         names = {tensor_key(p.kind, p.name): _file_of(p, self.mesh.rank) for p in pieces}
         if self.asynchronous and self.mesh.device.type == "cuda":
             torch.cuda.synchronize(self.mesh.device)
-        entries = _entries(pieces, steps, self.mesh.rank)
-        self._pending = _Pending(manifest, tokenizer, beside, final, began, entries, _Work(write))
+        self._pending = _Pending(manifest, tokenizer, beside, final, began, _Work(write))
         self._pending.stall = time.perf_counter() - began
         if not self.asynchronous and (saved := self.finish()) is not None:
             ended.append(saved)
@@ -201,14 +201,15 @@ class Saver:
         if not pending.writing:
             return dataclasses.replace(saved, warning=result)
         pending.writing = False
-        written = self._gather((result, pending.entries))
+        written = self._gather(result)
         pending.work = _Work((lambda: self._publish(pending, written)) if self.mesh.is_writer else _nothing)
         return None
 
-    def _publish(self, pending: _Pending, written: list[tuple[dict[str, Any], dict[str, Entry]]]) -> str | None:
+    def _publish(self, pending: _Pending, written: Sequence[bytes]) -> str | None:
         """The last stage, on the writer; why older checkpoints cannot be removed, in words, if they cannot."""
-        files = {name: about for of_rank, _ in written for name, about in of_rank.items()}
-        tensors = merge_entries(of_rank for _, of_rank in written)
+        said: list[tuple[dict[str, Any], dict[str, Entry]]] = [pickle.loads(of_rank) for of_rank in written]
+        files = {name: about for of_rank, _ in said for name, about in of_rank.items()}
+        tensors = merge_entries(of_rank for _, of_rank in said)
         manifest = dataclasses.replace(pending.manifest, files=files, tensors=tensors)
         if pending.tokenizer is not None:
             ours = [file for file in pending.tokenizer.iterdir() if file.is_file()]
@@ -239,11 +240,12 @@ class Saver:
             self._host[key] = torch.empty(piece.values.shape, dtype=piece.values.dtype, pin_memory=pinned)
         return self._host[key].copy_(piece.values, non_blocking=True)
 
-    def _gather(self, value: Any) -> list[Any]:
-        """What every rank has, on the writer; elsewhere nothing."""
+    def _gather(self, value: bytes) -> list[bytes]:
+        """What every rank has, on the writer; elsewhere nothing.  Of a thousand ranks it is many megabytes: packed and
+        unpacked in threads."""
         if not dist.is_initialized():
             return [value]
-        values: list[Any] | None = [None] * self.mesh.size if self.mesh.is_writer else None
+        values: list[bytes] | None = [b""] * self.mesh.size if self.mesh.is_writer else None
         dist.gather_object(value, values, dst=0)
         return values or []
 

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -189,6 +190,18 @@ class TestBuilding:
         ]
         said = [rank.communicate(timeout=100)[0].strip() for rank in ranks]
         assert sorted(said) == ["False", "False", "True"]
+
+    def test_those_that_wait_take_what_is_built(self, sources: dict[str, Path], root: Path) -> None:
+        """All at once, and not one after another as the lock comes to them."""
+        built = build(sources, root)
+        aside = built.folder.rename(root / "aside")
+        with (root / f".{built.folder.name}.lock").open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            later = threading.Timer(0.3, aside.rename, [built.folder])
+            later.start()
+            found = build(sources, root, limit=20)
+            later.join()
+        assert found.folder == built.folder and found.seconds == 0
 
     def test_waiting_has_a_limit(self, sources: dict[str, Path], root: Path) -> None:
         root.mkdir()
