@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from .exit_codes import USER_ERROR
+from .exit_codes import DONE, STOPPED, USER_ERROR
 
 ENDINGS = "FARSPAN_ENDINGS"
 
@@ -27,6 +27,7 @@ class Ending:
     time: float  # Unix seconds
     kind: str = ""  # of the error
     message: str = ""
+    restart: int = 0  # how often torchrun's agent had started the ranks again
 
     @property
     def is_final(self) -> bool:
@@ -42,7 +43,8 @@ def note(
     folder, rank = environ.get(ENDINGS), environ.get("RANK") or environ.get("SLURM_PROCID", "0")
     if not folder or not rank.isdigit():
         return
-    ending = Ending(int(rank), code, time.time(), type(error).__name__ if error else "", message[:1000])
+    kind, restart = type(error).__name__ if error else "", environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    ending = Ending(int(rank), code, time.time(), kind, message[:1000], int(restart) if restart.isdigit() else 0)
     path = Path(folder, f"rank-{int(rank):05d}.json")
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,3 +65,9 @@ def read(folder: Path) -> list[Ending]:
 def final(endings: list[Ending]) -> Ending | None:
     """The first that makes starting again useless; None where none does."""
     return next((ending for ending in endings if ending.is_final), None)
+
+
+def cause(endings: list[Ending]) -> Ending | None:
+    """The first that went wrong of those that an agent has started last; None where nobody said so."""
+    last = max((ending.restart for ending in endings), default=0)
+    return next((one for one in endings if one.restart == last and one.code not in (DONE, STOPPED)), None)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ..pretrain.heartbeat import Record
-from . import hang_report
+from . import endings, hang_report
 from .environment import FAILURE_FILE, HUNG_SUFFIX
 from .exit_codes import HUNG
 from .hang_report import Report
@@ -177,6 +177,8 @@ class Guard:
             self._conclude(self._read(there) | {self.rank: mine}, mine)
         if note := os.environ.get(FAILURE_FILE):
             within(1.0, lambda: Path(note + HUNG_SUFFIX).write_text(str(self.folder or "")))
+        said = f"no sign of life for {silent:.0f} s" + ("" if self.folder is None else f", see {self.folder}")
+        within(1.0, lambda: endings.note(HUNG, message=said))
 
     def _conclude(self, reports: dict[int, Report], mine: Report) -> None:
         """Say who holds up whom."""

@@ -44,6 +44,7 @@ class Launcher:
     command: Callable[[int], Sequence[str]]  # of start number 0, 1, …
     env: Mapping[str, str] = dataclasses.field(default_factory=lambda: dict(os.environ))
     ranks: Callable[[int], list[int]] = ranks_below  # process ids of the ranks below a launcher's process
+    tells_codes: bool = True  # of ranks; False: whatever went wrong, it ends with FAULT
     sees_ranks: bool = True  # they are among this node's processes
     # Tell ranks that are not among this node's processes; whether that was possible.
     tell: Callable[[int], bool] = lambda _: False
@@ -189,9 +190,10 @@ class _Supervisor:
                 kill_all(MARK, mark)
             self._launcher.watch()
             said = endings.read(notes)
-            return Outcome(
-                code if code >= 0 else 128 - code, had_ranks or bool(said), last_words or endings.final(said)
-            )
+            code = code if code >= 0 else 128 - code
+            if code == FAULT and not self._launcher.tells_codes and (cause := endings.cause(said)) is not None:
+                code = cause.code
+            return Outcome(code, had_ranks or bool(said), last_words or endings.final(said))
 
     def _watch(self, process: subprocess.Popen[bytes], folder: Path) -> tuple[bool, Ending | None]:
         """Until the launcher has ended: whether it had ranks, and what makes starting again useless."""

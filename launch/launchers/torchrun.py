@@ -86,7 +86,8 @@ def run(args: argparse.Namespace) -> int:
     # Else ranks use the store of their agent, the same one for all starts, and find the addresses of ranks that are
     # gone (pytorch issue 135712).  With it every rendezvous has a store of its own.
     env.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    return keep_going(Launcher("torchrun", command.words, env), job, args, records=command.node_rank == 0)
+    launcher = Launcher("torchrun", command.words, env, tells_codes=False)
+    return keep_going(launcher, job, args, records=command.node_rank == 0)
 
 
 @dataclasses.dataclass(frozen=True)

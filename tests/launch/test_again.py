@@ -226,6 +226,18 @@ def test_last_words(tmp_path: Path) -> None:
     assert endings.read(tmp_path / "nowhere") == []
 
 
+def test_why_ranks_ended_that_an_agent_started_again(tmp_path: Path) -> None:
+    """The first that went wrong of the last start says it, whoever followed."""
+    environ = {"FARSPAN_ENDINGS": str(tmp_path)}
+    for restart, rank, code in ((0, 7, 1), (1, 2, 75), (1, 1, 74), (1, 0, 1)):
+        endings.note(code, environ=environ | {"RANK": str(rank), "TORCHELASTIC_RESTART_COUNT": str(restart)})
+    found = endings.read(tmp_path)
+    assert [(one.restart, one.rank) for one in found] == [(0, 7), (1, 2), (1, 1), (1, 0)]
+    cause = endings.cause(found)
+    assert cause is not None and (cause.rank, cause.code) == (1, 74)
+    assert endings.cause([]) is None and endings.cause(found[1:2]) is None
+
+
 def test_the_command(tmp_path: Path, prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As the script calls it."""
     config = tmp_path / "run.yaml"

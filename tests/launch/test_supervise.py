@@ -32,7 +32,7 @@ def command(start):
     return [sys.executable, str(programs[min(start, len(programs) - 1)])]
 
 limits = Limits(fruitless=int(sys.argv[2]), first_pause=0.05, longest_pause=0.2, margin_seconds=5)
-sys.exit(supervise(Launcher("agent", command), progress, limits, run_dir=folder / "run"))
+sys.exit(supervise(Launcher("agent", command, tells_codes=False), progress, limits, run_dir=folder / "run"))
 """
 # An agent with a rank of its own, in a session of its own as torchrun starts them.
 AGENT = """
@@ -191,6 +191,18 @@ def test_last_words_of_the_users_concern_end_it(tmp_path: Path) -> None:
     code, error = run.finish()
     assert code == 2 and "rank 0 said: no such key" in error
     assert len(run.told()) == 2
+
+
+def test_the_code_of_an_agent_that_tells_none_is_that_of_its_ranks(tmp_path: Path) -> None:
+    rank = """
+    import json, os
+    path = os.path.join(os.environ["FARSPAN_ENDINGS"], "rank-00000.json")
+    open(path, "w").write(json.dumps({"rank": 0, "code": 76, "time": 1.0}))
+    """
+    run = Supervised(tmp_path, agent(rank, "rank.wait(); sys.exit(1)"), fruitless=0)
+    code, error = run.finish()
+    assert code == 76 and "brought no new checkpoint (exit code 76): given up" in error
+    assert run.told()[-1]["code"] == 76
 
 
 def test_ctrl_c(tmp_path: Path) -> None:
