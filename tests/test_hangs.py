@@ -246,12 +246,13 @@ def test_what_takes_long_is_no_hang(started):
 
 
 @pytest.mark.timeout(300)
-def test_the_command_itself(prepared, tmp_path):
-    """``farspan train`` with its local ranks: its exit code, what it says, and what it leaves."""
+@pytest.mark.parametrize("command", [["train"], ["launch", "torchrun", "--max-restarts", "0"]])
+def test_the_command_itself(command, prepared, tmp_path):
+    """With ranks of its own: its exit code, what it says, and what it leaves."""
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(settings(prepared, tmp_path / "run", 10**6, TINY | DP2)))
     process = subprocess.Popen(
-        [*COMMAND, "train", str(file)],
+        [*COMMAND, *command, str(file)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -271,8 +272,12 @@ def test_the_command_itself(prepared, tmp_path):
     assert process.returncode == HUNG
     summary = next((tmp_path / "run/hangs").glob("2*/summary.txt"))
     assert f"farspan: the run hangs at rank 1 of 2 ({os.uname().nodename}, pid {found[1].pid}): stopped" in error
-    assert f"farspan: the run hung, its guards ended it (exit code {HUNG}): {summary} has the stacks\n" in error
-    assert "Traceback" not in error and "memory" not in error
+    if command == ["train"]:
+        assert f"farspan: the run hung, its guards ended it (exit code {HUNG}): {summary} has the stacks\n" in error
+        assert "Traceback" not in error
+    else:
+        assert f"1 starts in a row brought no new checkpoint (exit code {HUNG}): given up" in error
+    assert "memory" not in error
     assert not any(alive(pid) for member in found.values() for pid in (member.pid, member.guard) if pid)
 
 
