@@ -135,7 +135,7 @@ def read(folder: Path) -> Built | None:
 def _is_whole(folder: Path) -> bool:
     try:
         return read(folder) is not None
-    except _Damaged:
+    except (_Damaged, OSError):
         return False
 
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from .exit_codes import DONE, STOPPED, USER_ERROR
+from .exit_codes import DONE, FAULT, STOPPED, USER_ERROR
 
 ENDINGS = "FARSPAN_ENDINGS"
 
@@ -68,6 +68,8 @@ def final(endings: list[Ending]) -> Ending | None:
 
 
 def cause(endings: list[Ending]) -> Ending | None:
-    """The first that went wrong of those that an agent has started last; None where nobody said so."""
+    """The first that went wrong of those that were started last, as far as they have said so; one that knows what went
+    wrong before one that does not: the end of a rank is an error of others.  None where nobody said anything."""
     last = max((ending.restart for ending in endings), default=0)
-    return next((one for one in endings if one.restart == last and one.code not in (DONE, STOPPED)), None)
+    wrong = [one for one in endings if one.restart == last and one.code not in (DONE, STOPPED)]
+    return min(wrong, key=lambda one: (one.code == FAULT, one.time), default=None)

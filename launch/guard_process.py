@@ -178,7 +178,7 @@ class Guard:
         if note := os.environ.get(FAILURE_FILE):
             within(1.0, lambda: Path(note + HUNG_SUFFIX).write_text(str(self.folder or "")))
         said = f"no sign of life for {silent:.0f} s" + ("" if self.folder is None else f", see {self.folder}")
-        within(1.0, lambda: endings.note(HUNG, message=said))
+        within(1.0, lambda: endings.note(HUNG, message=said, environ=os.environ | {"RANK": str(self.rank)}))
 
     def _conclude(self, reports: dict[int, Report], mine: Report) -> None:
         """Say who holds up whom."""
@@ -210,12 +210,13 @@ class Guard:
 
     def _wait_for_reports(self, count: int, end: float) -> set[int]:
         """The ranks that have reported, once there are so many or the time is over."""
+        there: set[int] = set()  # what was seen stays: a listing may fail
         while self.folder is not None:
-            there = {int(match[1]) for name in self._names() if (match := _REPORT.fullmatch(name)) is not None}
+            there |= {int(match[1]) for name in self._names() if (match := _REPORT.fullmatch(name)) is not None}
             if len(there) >= count or time.monotonic() >= end:
-                return there
+                break
             time.sleep(self._pause)
-        return set()
+        return there
 
     def _names(self) -> list[str]:
         """In the folder of the reports, listed: a network file system goes on saying of a name that it is not there."""
@@ -233,8 +234,10 @@ class Guard:
             assert self.folder is not None, "ranks have reported to it"
             file = _file(self.folder, rank)
             text = within(_WRITE_SECONDS, lambda file=file: _text_of(file))  # type: ignore[misc]
+            if text is None:
+                break  # the file system does not answer: not ten seconds for each of a thousand
             with contextlib.suppress(ValueError):
-                reports[rank] = hang_report.from_text(text or "")
+                reports[rank] = hang_report.from_text(text)
         return reports
 
     def _take_stacks(self) -> str:
@@ -330,7 +333,7 @@ def _text_of(file: Path) -> str:
 
 def _write(path: Path, text: str) -> bool:
     """Whole or not at all."""
-    beside = path.with_name(f".{path.name}.tmp")
+    beside = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
     with beside.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

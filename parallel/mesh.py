@@ -90,14 +90,30 @@ class Mesh:
 
     def first_problem(self, problem: str | None) -> str | None:
         """The first rank's problem, in words, for all of them; None where no rank has one.  Collective."""
-        said = None if problem is None else f"rank {self.rank}: {problem}" if self.size > 1 else problem
+        return self._first(None if problem is None else f"rank {self.rank}: {problem}" if self.size > 1 else problem)
+
+    def alike(self, action: Callable[[], T]) -> T:
+        """What ``action`` returns on this rank, where it goes well on all; a ValueError or OSError of one is raised on
+        all of them, so that none waits for it.  ``action`` is not collective, this is."""
+        result: T | None = None
+        error: Exception | None = None
+        try:
+            result = action()
+        except (ValueError, OSError) as raised:
+            error = raised
+        if (first := self._first(error)) is not None:
+            raise first
+        return result  # type: ignore[return-value]
+
+    def _first(self, said: T | None) -> T | None:
+        """What the first rank has to say of those that have."""
         if not dist.is_initialized():
             return said
         found = torch.tensor(float(said is not None), device=self.device)
-        dist.all_reduce(found, op=dist.ReduceOp.MAX)  # nearly always none: no words of a thousand ranks then
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)  # nearly always nothing: no words of a thousand ranks then
         if not found.item():
             return None
-        everywhere: list[str | None] = [None] * self.size
+        everywhere: list[T | None] = [None] * self.size
         dist.all_gather_object(everywhere, said)
         return next((one for one in everywhere if one is not None), None)
 
@@ -156,7 +172,7 @@ class Mesh:
             store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
             dist.init_process_group(
                 "nccl" if device.type == "cuda" else "gloo",
-                store=dist.PrefixStore(_start_name(), store),
+                store=dist.PrefixStore(start_name(), store),
                 rank=rank,
                 world_size=size,
                 timeout=timeout,
@@ -199,13 +215,15 @@ class Mesh:
             dist.destroy_process_group()
 
 
-def _start_name(environ: Mapping[str, str] = os.environ) -> str:
+def start_name(environ: Mapping[str, str] = os.environ) -> str:
     """A name for this start of the ranks.
 
-    Torchrun's agent starts ranks again with a store that still has the addresses of those before them, at which gloo
-    would wait for nobody, until its timeout.
+    Torchrun's agent may start ranks again with its own store, which still has the addresses of those before them, at
+    which gloo would wait for nobody, until its timeout.  Where each start has a store of its own, agents' counts say
+    nothing: each counts its restarts, and not those for a node that came or went.
     """
-    return f"farspan-{environ.get('TORCHELASTIC_RESTART_COUNT', 0)}-{environ.get('WORLD_SIZE')}"
+    shared = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return f"farspan-{environ.get('TORCHELASTIC_RESTART_COUNT', 0) if shared else 0}-{environ.get('WORLD_SIZE')}"
 
 
 def _axis(group: Any) -> Axis:

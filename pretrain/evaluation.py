@@ -20,7 +20,9 @@ class Evaluation:
     def __init__(self, config: Config, mesh: Mesh, vocabulary: Vocabulary) -> None:
         self.config, self.mesh = config, mesh
         self.loss_function = LossFunction(config.heads)
-        self.objective = run.objective_of(config, vocabulary, "validation") if config.evaluation.interval else None
+        self.objective = None
+        if config.evaluation.interval:
+            self.objective = run.objective_of(config, vocabulary, "validation", mesh)
 
     def due(self, done: int) -> bool:
         interval = self.config.evaluation.interval

@@ -64,12 +64,11 @@ def tokenizer_folder(config: Config) -> Path:
     return Path(config.data.folder) / "tokenizer"
 
 
-def objective_of(config: Config, vocabulary: Vocabulary, split: str) -> Objective:
-    """What is predicted, on one split, of whose shards this rank looks at its share."""
-    rank, size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+def objective_of(config: Config, vocabulary: Vocabulary, split: str, mesh: Mesh | None = None) -> Objective:
+    """What is predicted, on one split, of whose shards each rank of the mesh looks at a share (None: at all)."""
     return make_objective(
         config.objective.name,
-        store=TokenStore(config.data.folder, split, share=(rank, size)),
+        store=TokenStore(config.data.folder, split, share=(0, 1) if mesh is None else (mesh.rank, mesh.size)),
         vocabulary=vocabulary,
         sequence_length=config.data.sequence_length,
         row_mode=config.data.rows,

@@ -32,11 +32,11 @@ def train(config: Config, *, resume: str = "auto", stop_after: int | None = None
     words (it was saved then); None where nothing did.  ValueError in one line for what does not fit together.
     """
     config, vocabulary = run.with_tokenizer(config)
-    objective = run.objective_of(config, vocabulary, "train")
     last = config.training.steps if stop_after is None else min(stop_after, config.training.steps)
     with Company.of(config) as company:
         mesh = company.mesh
-        evaluation = Evaluation(config, mesh, vocabulary)
+        objective = mesh.alike(lambda: run.objective_of(config, vocabulary, "train", mesh))
+        evaluation = mesh.alike(lambda: Evaluation(config, mesh, vocabulary))
         while True:
             rollbacks = mesh.tell(functools.partial(read, config.run_dir))
             config = with_skips(config, rollbacks)

@@ -87,6 +87,20 @@ def test_a_shard_that_fails_while_it_is_read(ranks, data, tmp_path, what, words)
     assert_identical(Run(tmp_path / "run").weights(), expected.weights())
 
 
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_what_one_rank_finds_at_the_start_ends_all(ranks, data, tmp_path, split):
+    """Each looks at a share of the shards; nobody waits for the one that ends."""
+    path = data / split / "00000.bin"
+    path.write_bytes(b"1234")
+    overrides = COMMON | {"parallel.data": 2, "evaluation.interval": 4}
+    found = ranks.run(train_while, settings(data, tmp_path / "run", STEPS, overrides), None, count=2)
+    errors = {error for error, _ in found}
+    assert len(errors) == 1 and f"shard {path} has 4 bytes" in str(errors)
+    path.unlink()
+    found = ranks.run(train_while, settings(data, tmp_path / "run", STEPS, overrides), None, count=2)
+    assert all(error is not None and f"shard {path} is missing" in error for error, _ in found)
+
+
 def test_data_without_checksums_are_said_to_be_so(ranks, data, tmp_path):
     manifest = json.loads((data / "dataset.json").read_text())
     _, said = ranks.run(train_while, settings(data, tmp_path / "checked", 3, COMMON), None, count=1)[0]

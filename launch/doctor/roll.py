@@ -16,6 +16,7 @@ from typing import Any
 
 from torch.distributed import PrefixStore, Store, TCPStore
 
+from ...parallel.mesh import start_name
 from ..environment import RankEnvironment, describe_ranks, slurm_nodes
 
 _POLL = 0.05
@@ -41,8 +42,7 @@ def connect(environment: RankEnvironment, seconds: float, *, again: bool = False
     except (RuntimeError, OSError) as error:  # torch's DistNetworkError is a RuntimeError
         does = "serve" if serves else "reach"
         raise Unreachable(f"cannot {does} {address}:{port}: {' '.join(str(error).split())[:300]}") from None
-    # torchrun starts ranks again with the same store: what an earlier time said there must not be read.
-    return PrefixStore(f"farspan-doctor-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return PrefixStore(f"{start_name()}-doctor", store)
 
 
 def _knock(address: str, port: int, seconds: float) -> None:

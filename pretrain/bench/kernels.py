@@ -73,7 +73,9 @@ def _measured(chosen: Sequence[Case], device: torch.device, quick: bool) -> dict
 
     rows, found = [], {}
     # Built here, so that a row's process need not.
-    print(f"  {forms.prepare(dict.fromkeys(case.operation for case in chosen), device)}", file=sys.stderr, flush=True)
+    operations = dict.fromkeys(case.operation for case in chosen)
+    forms.prepare(operations, device)
+    print(f"  {forms.describe(operations, device)}", file=sys.stderr, flush=True)
     if device.type == "cuda":
         seconds = 0.02 if quick else PASS_SECONDS
         found["ceilings"] = ceilings_apart(device, seconds)

@@ -79,8 +79,8 @@ def run(args: argparse.Namespace) -> None:
     results = _earlier(args.out / f"{PAGE}.json")
     section: dict[str, Any] = {"about": about(device, *PACKAGES), "rows": []}
     section["about"]["dropout"] = str(dropout_of(args))
-    if not args.quick:
-        section["about"]["kernels"] = forms.prepare(forms.OPERATIONS, device)
+    forms.prepare(forms.OPERATIONS, device)
+    section["about"]["kernels"] = forms.describe(forms.OPERATIONS, device)
     if args.keep and device.type in results:
         section["rows"] = results[device.type]["rows"]
     results[device.type] = section

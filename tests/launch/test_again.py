@@ -227,15 +227,16 @@ def test_last_words(tmp_path: Path) -> None:
 
 
 def test_why_ranks_ended_that_an_agent_started_again(tmp_path: Path) -> None:
-    """The first that went wrong of the last start says it, whoever followed."""
+    """One of the last start that knows what went wrong says it, whoever was first to note that the other is gone."""
     environ = {"FARSPAN_ENDINGS": str(tmp_path)}
-    for restart, rank, code in ((0, 7, 1), (1, 2, 75), (1, 1, 74), (1, 0, 1)):
+    for restart, rank, code in ((0, 7, 76), (1, 2, 75), (1, 0, 1), (1, 1, 74), (1, 3, 76)):
         endings.note(code, environ=environ | {"RANK": str(rank), "TORCHELASTIC_RESTART_COUNT": str(restart)})
     found = endings.read(tmp_path)
-    assert [(one.restart, one.rank) for one in found] == [(0, 7), (1, 2), (1, 1), (1, 0)]
+    assert [(one.restart, one.rank) for one in found] == [(0, 7), (1, 2), (1, 0), (1, 1), (1, 3)]
     cause = endings.cause(found)
     assert cause is not None and (cause.rank, cause.code) == (1, 74)
     assert endings.cause([]) is None and endings.cause(found[1:2]) is None
+    assert endings.cause(found[:3]) == found[2]
 
 
 def test_the_command(tmp_path: Path, prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:

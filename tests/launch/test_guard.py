@@ -550,5 +550,8 @@ def test_of_many_ranks_one_reads_the_reports(tmp_path: Path, monkeypatch: pytest
     assert guard._wait_for_reports(3, began + PATIENCE) == {0, 1, 2} and set(guard._read({0, 1, 2})) == {1, 2}
     monkeypatch.setattr(guard_process, "_WRITE_SECONDS", 0.3)
     assert not guard._hear(made(2)), "the one that was to write it is gone"
+    listings = iter([["rank-00001.txt"], ["rank-00000.txt"]])
+    monkeypatch.setattr(guard, "_names", lambda: next(listings, []))  # a file system that then says nothing
+    assert guard._wait_for_reports(3, time.monotonic() + 0.5) == {0, 1}
     guard.folder = None
     assert guard._wait_for_reports(3, began + PATIENCE) == set()

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from farspan.parallel.mesh import Mesh, local_device
+from farspan.parallel.mesh import Mesh, local_device, start_name
 
 
 def where(mesh):
@@ -46,6 +46,33 @@ def test_what_the_writer_finds_is_told_to_all(ranks):
     expected = ["rank 0", (ValueError, "no such thing"), (OSError, "[Errno 28] full: 'a file'")]
     assert ranks.on_mesh(told, tensor=2) == [expected] * 2
     assert told(Mesh.solo()) == expected
+
+
+def done_alike(mesh):
+    """What all do well; and what one rank, or two, cannot."""
+    found = [mesh.alike(lambda: mesh.rank), mesh.first_problem(None), mesh.first_problem("late" if mesh.rank else None)]
+    for error, ranks in ((ValueError("no such thing"), {1}), (OSError(28, "full", "a file"), {0, 1})):
+        try:
+            mesh.alike(lambda error=error, ranks=ranks: fail(error) if mesh.rank in ranks else "fine")
+        except (ValueError, OSError) as raised:
+            found.append((type(raised), str(raised)))
+    return found
+
+
+def test_an_error_of_one_rank_is_one_of_all(ranks):
+    expected = [None, "rank 1: late", (ValueError, "no such thing"), (OSError, "[Errno 28] full: 'a file'")]
+    assert ranks.on_mesh(done_alike, tensor=2) == [[rank, *expected] for rank in (0, 1)]
+    assert done_alike(Mesh.solo()) == [0, None, None, expected[-1]]
+
+
+def test_the_name_of_a_start():
+    """Agents of two nodes may count otherwise; only in one store that they share a start has to differ from others."""
+    environ = {"WORLD_SIZE": "16", "TORCHELASTIC_RESTART_COUNT": "1"}
+    shared = environ | {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+    assert start_name(shared) != start_name(shared | {"TORCHELASTIC_RESTART_COUNT": "2"})
+    apart = environ | {"TORCHELASTIC_USE_AGENT_STORE": "False"}
+    assert start_name(apart) == start_name(apart | {"TORCHELASTIC_RESTART_COUNT": "2"})
+    assert start_name(environ) != start_name(environ | {"WORLD_SIZE": "8"})
 
 
 def create_wrongly():
