@@ -110,7 +110,7 @@ def test_which_methods() -> None:
 
 def test_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new" / "results"
-    options = ("--lengths", "128,64", "--blocks", "1,4", "--landmarks", "16,8", "--rows", "1", "--rounds", "1")
+    options = ("--lengths", "512,128,64", "--blocks", "1,4", "--landmarks", "16,8", "--rows", "1", "--rounds", "1")
     assert bench(*options, "--out", out) == 0
     assert sorted(path.name for path in out.iterdir()) == [f"approximation.{kind}" for kind in ("json", "md", "png")]
     printed, page = capsys.readouterr().out, (out / "approximation.md").read_text()
@@ -125,9 +125,9 @@ def test_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert f"| 128 | {kind} | {amount} | {errors[0]:.3f} |" in page
     for p in points:
         assert p["forward_and_backward_seconds"] > 0 and p["forward_seconds"] > 0
-        # At least the output and three gradients.
-        assert p["peak_memory_bytes"] > 0.5 * 4 * 12 * p["length"] * 64 * 4
-    assert [p["length"] for p in points if p["method"] == "exact"] == [64, 128]
+        if p["length"] == 512:  # at least the output and three gradients; less may find room that was free
+            assert p["peak_memory_bytes"] > 0.5 * 4 * 12 * p["length"] * 64 * 4
+    assert [p["length"] for p in points if p["method"] == "exact"] == [64, 128, 512]
 
 
 def test_the_authors_figures_stand_beside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

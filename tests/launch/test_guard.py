@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -337,7 +338,8 @@ def test_where_nothing_can_be_written_the_rank_is_ended_all_the_same(start, tmp_
     else:  # the folder is there, as if the guard of another rank had made it
         time.sleep(1.5)  # until the guard has seen that there was none before
         (tmp_path / "hangs/here").mkdir(parents=True)
-        os.mkfifo(tmp_path / "hangs/here/.rank-00000.txt.tmp")
+        writer = f"{socket.gethostname()}-{rank.member().guard}"
+        os.mkfifo(tmp_path / f"hangs/here/.rank-00000.txt.{writer}.tmp")
         (tmp_path / "hangs/.claims").mkdir()
         (tmp_path / "hangs/.claims/1").symlink_to("here")
     ended, error = rank.end(60.0)
