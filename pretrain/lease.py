@@ -54,15 +54,24 @@ class Lease:
         """
         path, token = folder / LEASE, uuid.uuid4().hex
         mine = folder / f".{LEASE}.{token}"
-        try:
+
+        def write() -> None:
             with _naming(folder):
                 mine.write_text(json.dumps(_about_this_process(token), indent=2) + "\n", encoding="utf-8")
+
+        try:
+            write()
             seen = _Holder.of(path)
             began = time.monotonic()
             while True:
-                if _put(mine, path):
-                    _clear(folder, mine.stat().st_mtime, stale_seconds)
-                    return Lease(path, token)
+                try:
+                    if _put(mine, path):
+                        break
+                    os.utime(mine)
+                    now = mine.stat().st_mtime
+                except FileNotFoundError:  # this process stood still, and one that took the lease has cleared it away
+                    write()
+                    continue
                 holder = _Holder.of(path)
                 if holder is None:
                     continue  # it was released a moment ago
@@ -71,12 +80,13 @@ class Lease:
                 alive = holder.runs_here()
                 if alive or holder.renewed != seen.renewed:
                     raise InUse(f"{folder} is in use by {holder.describe()}: wait for its end, or set another run_dir")
-                os.utime(mine)
-                old = mine.stat().st_mtime - holder.renewed > stale_seconds
+                old = now - holder.renewed > stale_seconds
                 if alive is False or old or time.monotonic() - began > stale_seconds:
                     _put_aside(path, holder, folder / f".{LEASE}.{token}.old")
                 else:
                     time.sleep(0.2)
+            _clear(folder, path.stat().st_mtime, stale_seconds)
+            return Lease(path, token)
         finally:
             mine.unlink(missing_ok=True)
 
@@ -214,8 +224,9 @@ def _clear(folder: Path, now: float, stale_seconds: float) -> None:
         with contextlib.suppress(OSError):
             age = now - left.stat().st_mtime
             holder = _Holder.of(left)
-            gone = holder is not None and holder.runs_here() is False
-            if gone or age > (stale_seconds if holder is not None and holder.token else RENEW_SECONDS):
+            runs = None if holder is None else holder.runs_here()
+            old = age > (stale_seconds if holder is not None and holder.token else RENEW_SECONDS)
+            if runs is False or (old and not runs):
                 left.unlink()
 
 

@@ -204,6 +204,23 @@ def test_the_lease_of_who_was_quicker_is_put_back(tmp_path: Path) -> None:
     assert [found.name for found in tmp_path.iterdir()] == [LEASE]
 
 
+def test_what_was_cleared_away_of_one_that_stood_still(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between writing who it is and giving that its name another process has taken the lease, and released it."""
+    put, cleared = module._put, []
+
+    def late(mine: Path, path: Path) -> bool:
+        if not cleared:
+            mine.unlink()
+            cleared.append(mine)
+        return put(mine, path)
+
+    monkeypatch.setattr(module, "_put", late)
+    lease = Lease.take(tmp_path)
+    assert json.loads(lease.path.read_text())["token"] == lease.token and cleared
+    lease.release()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_killed_processes_left_goes(tmp_path: Path) -> None:
     """Killed while they took it, before or after they wrote who they are; that of one at work stays."""
     here = {**ELSEWHERE, "machine": module._machine()}
@@ -211,7 +228,7 @@ def test_what_killed_processes_left_goes(tmp_path: Path) -> None:
         "gone": (json.dumps({"token": "a", **here, "pid": os.getpid(), "started": "1"}), 0),
         "empty": ("", 10),
         "old": (json.dumps({"token": "b", **ELSEWHERE}), 100),
-        "at work here": (json.dumps({"token": "c", **here, "pid": 1, "started": module._start_time(1)}), 9),
+        "at work here": (json.dumps({"token": "c", **here, "pid": 1, "started": module._start_time(1)}), 100),
         "at work elsewhere": (json.dumps({"token": "d", **ELSEWHERE}), 9),
     }
     for name, (text, age) in files.items():
